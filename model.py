@@ -1,0 +1,478 @@
+"""A Llama in one file, decoded with RetroAttention.
+
+Read it from the bottom up: `Llama` is the model, `Block` one layer, `Attention` the part that hands its queries, keys and
+values to `retro_attention.py`. `Decoder` is one batch of sequences on its way through prefill and decode steps; `generate`
+and `score` are loops over it. `Tokenizer` reads a Llama 3 `tokenizer.model`.
+
+Shapes stand at the end of the line that makes the tensor, in these letters: B batch, T tokens, W rows of the retrospective
+window (newest last), n_head and n_kv_head heads, hs head size.
+
+The weights keep the names and the RoPE layout of Meta's checkpoints: a rotated pair is two neighbours, (x0, x1), (x2, x3) ...
+"""
+
+import base64
+import binascii
+import json
+import math
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from retro_attention import RetroAttention, RetroConfig, apply_rope
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+class Tokenizer:
+    """Byte-level BPE in Llama 3's file format: one "<token in base64> <rank>" a line; 256 special tokens follow the ranks."""
+
+    # Llama 3's split of a text into pieces, inside which BPE merges.
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    # Llama 3.1's names for the first eleven; the rest are numbered on.
+    special_names = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|reserved_special_token_0|>",
+        "<|reserved_special_token_1|>",
+        "<|finetune_right_pad_id|>",
+        "<|reserved_special_token_2|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eom_id|>",
+        "<|eot_id|>",
+        "<|python_tag|>",
+        *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+    ]
+
+    def __init__(self, ranks: dict[bytes, int]):
+        self.special = {name: len(ranks) + i for i, name in enumerate(self.special_names)}
+        self.bpe = tiktoken.Encoding("llama3", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        self.vocab_size = self.bpe.n_vocab
+        self.bos = self.special["<|begin_of_text|>"]
+        # A generation ends with the text, with a message, or with a turn.
+        self.stop_tokens = [self.special[s] for s in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path) -> "Tokenizer":
+        """Reads `folder/tokenizer.model`. ValueError if it is missing or not in Llama 3's format."""
+        path = _checkpoint_file(folder, "tokenizer.model")
+        ranks = {}
+        # Not tiktoken's own loader: it caches by path, and would miss that a file has changed.
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error):
+                raise ValueError(f"{path}: line {number} is not '<base64 token> <rank>': {line[:40]!r}") from None
+        if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError(f"{path}: the ranks must be 0 .. n-1 and the 256 single bytes among the tokens")
+        return cls(ranks)
+
+    def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
+        """Ids of `text`; with `bos`, begin_of_text first. Names of special tokens in the text are plain text unless `special`."""
+        ids = self.bpe.encode(text, allowed_special="all") if special else self.bpe.encode_ordinary(text)
+        return [self.bos] * bos + ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self.bpe.decode(list(ids))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token: a character may be spread over several."""
+        return self.bpe.decode_single_token_bytes(token)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def _checkpoint_file(folder: str | Path, name: str) -> Path:
+    if not Path(folder).is_dir():
+        raise ValueError(f"checkpoint {folder}: no such folder")
+    path = Path(folder) / name
+    if not path.is_file():
+        raise ValueError(f"checkpoint {folder}: {name} is missing")
+    return path
+
+
+def _read_params(folder: str | Path) -> dict:
+    path = _checkpoint_file(folder, "params.json")
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(params, dict):
+        raise ValueError(f"{path}: a JSON object was expected, not {type(params).__name__}")
+    return params
+
+
+def _read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    path = _checkpoint_file(folder, "consolidated.00.pth")
+    try:
+        # weights_only: a pickle could run code. mmap: a tensor comes off the disk when it is copied, so no second model in memory.
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path}: not a readable PyTorch file of weights ({type(error).__name__})") from None
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise ValueError(f"{path}: a dictionary of tensors was expected")
+    weights.pop("rope.freqs", None)  # in Meta's older files; we compute it
+    return weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+@dataclass
+class LlamaConfig:
+    """Shape of a Llama. `ffn_dim` is the inner size of SwiGLU, `max_seq_len` the context in tokens."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    vocab_size: int
+    ffn_dim: int
+    max_seq_len: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    rope_scaling: float | None = None  # Llama 3.1's factor (8), None before it
+    tie_embeddings: bool = False  # the output head is the embedding table
+
+    def __post_init__(self):
+        for name in ("dim", "n_layer", "n_head", "n_kv_head", "vocab_size", "ffn_dim", "max_seq_len"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer >= 1, not {getattr(self, name)!r}")
+        if self.dim % self.n_head or self.n_head % self.n_kv_head or self.head_size % 2:
+            raise ValueError(
+                f"dim {self.dim} must be an even multiple of n_head {self.n_head}, and that a multiple of n_kv_head {self.n_kv_head}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.dim // self.n_head
+
+    @classmethod
+    def from_params(cls, params: dict, tie_embeddings: bool = False) -> "LlamaConfig":
+        """From the keys of Meta's params.json. ValueError names a key that is missing."""
+        missing = [key for key in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of") if key not in params]
+        if missing:
+            raise ValueError(f"params.json: {', '.join(missing)} missing")
+        # Meta's rule for SwiGLU: two thirds of 4*dim, times a multiplier, rounded up to a multiple.
+        ffn_dim = int(params.get("ffn_dim_multiplier", 1) * int(8 * params["dim"] / 3))
+        ffn_dim = math.ceil(ffn_dim / params["multiple_of"]) * params["multiple_of"]
+        scaled = params.get("use_scaled_rope", False)
+        return cls(
+            dim=params["dim"],
+            n_layer=params["n_layers"],
+            n_head=params["n_heads"],
+            n_kv_head=params.get("n_kv_heads") or params["n_heads"],
+            vocab_size=params["vocab_size"],
+            ffn_dim=ffn_dim,
+            max_seq_len=params.get("max_seq_len", 131_072 if scaled else 8_192),
+            norm_eps=params.get("norm_eps", 1e-5),
+            rope_theta=params.get("rope_theta", 500_000.0),
+            rope_scaling=params.get("rope_scaling_factor", 8.0) if scaled else None,
+            tie_embeddings=tie_embeddings,
+        )
+
+
+def rope_table(config: LlamaConfig, device: torch.device | str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position and pair, (max_seq_len, hs / 2) each; with Llama 3.1's scaling if the config has it.
+
+    In float32, as the published models were trained, unless the model is in float64.
+    """
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    pairs = torch.arange(0, config.head_size, 2, device=device).to(dtype)
+    freqs = 1.0 / config.rope_theta ** (pairs / config.head_size)  # (hs / 2,) radians a token
+    if config.rope_scaling is not None:
+        # Wavelengths that fit four times into the 8,192 tokens of pre-training stay; those that don't fit once are
+        # stretched by the factor; in between, a blend.
+        turns = 8192 * freqs / (2 * math.pi)
+        keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
+        freqs = keep * freqs + (1 - keep) * freqs / config.rope_scaling
+    angles = torch.outer(torch.arange(config.max_seq_len, device=device).to(dtype), freqs)  # (max_seq_len, hs / 2)
+    return angles.cos(), angles.sin()
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.hs = config.n_head, config.n_kv_head, config.head_size
+        self.wq = nn.Linear(config.dim, config.n_head * self.hs, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_head * self.hs, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_head * self.hs, bias=False)
+        self.wo = nn.Linear(config.n_head * self.hs, config.dim, bias=False)
+
+    def forward(self, x, cos, sin, retro: RetroAttention | None = None, t: torch.Tensor | None = None):
+        """Dense without `retro`; the prompt's prefill with `retro`; one decode step at position `t` with both."""
+        B, T, _ = x.shape  # T is W in a decode step
+        q = self.wq(x).view(B, T, self.n_head, self.hs)
+        k = self.wk(x).view(B, T, self.n_kv_head, self.hs)
+        v = self.wv(x).view(B, T, self.n_kv_head, self.hs)
+        if t is not None:
+            o = retro.decode(q, k, v, cos, sin, t)  # (B, W, n_head, hs)
+        else:
+            q, k = apply_rope(q, cos[:T], sin[:T]), apply_rope(k, cos[:T], sin[:T])
+            o = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+            ).transpose(1, 2)  # (B, T, n_head, hs)
+            if retro is not None:
+                retro.prefill(q, k, v)
+        return self.wo(o.reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x, cos, sin, retro=None, t=None):
+        x = x + self.attention(self.attention_norm(x), cos, sin, retro, t)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama(nn.Module):
+    """Decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        if not config.tie_embeddings:
+            self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.set_rope()
+
+    def set_rope(self):
+        """Tables of cos and sin on the device and for the dtype of the weights: call it after moving or casting the model."""
+        weight = self.norm.weight
+        self.rope = rope_table(self.config, weight.device, weight.dtype)
+
+    def hidden(self, idx, cos, sin, retro=None, t=None):
+        """(B, T) ids -> (B, T, dim) before the final norm; `retro` is a list, one RetroAttention a layer."""
+        x = self.tok_embeddings(idx)  # (B, T, dim)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, retro and retro[i], t)
+        return x
+
+    def logits(self, x):
+        head = self.tok_embeddings if self.config.tie_embeddings else self.output
+        return F.linear(self.norm(x), head.weight)  # (..., vocab)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        """(B, T) ids -> (B, T, vocab) logits: dense, no cache, differentiable."""
+        if not 1 <= idx.shape[1] <= self.config.max_seq_len:
+            raise ValueError(f"{idx.shape[1]} tokens: must be between 1 and the context of {self.config.max_seq_len}")
+        return self.logits(self.hidden(idx, *self.rope))
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_seq_len: int | None = None,
+    ) -> "Llama":
+        """Loads Meta's format, `params.json` and `consolidated.00.pth`. Strict: ValueError names what is missing, foreign or misshapen."""
+        params, weights = _read_params(folder), _read_weights(folder)
+        if max_seq_len is not None:
+            params["max_seq_len"] = max_seq_len
+        config = LlamaConfig.from_params(params, tie_embeddings="output.weight" not in weights)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are overwritten
+            model = cls(config)
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        found = {name: tuple(w.shape) for name, w in weights.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ValueError(
+                    f"checkpoint {folder}: {name} should have shape {expected.get(name, 'none: unknown name')}, "
+                    f"the file has {found.get(name, 'no such tensor')}"
+                )
+        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+        model.set_rope()
+        return model
+
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        retro: RetroConfig | None = RetroConfig(),
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] = (),
+    ) -> torch.Tensor:
+        """Continues (B, T) ids by up to `max_new_tokens` -> (B, T + n); `retro=None` attends densely, temperature 0 is greedy.
+
+        n is less where the context ends or every sequence has met a stop token (which then fills its row). Same seed, same
+        text. ValueError names a value that is out of range.
+        """
+        B, T = idx.shape
+        decoder = Decoder(self, B, retro, max_seq_len=min(T + max(1, max_new_tokens), self.config.max_seq_len))
+        new = decoder.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens)
+        return torch.cat([idx, torch.stack(list(new), dim=1)], dim=1)
+
+    def score(self, idx: torch.Tensor, prompt_len: int, retro: RetroConfig | None = RetroConfig()) -> torch.Tensor:
+        """Log-probabilities of tokens prompt_len .. T-1 of (B, T) ids, fed one by one through the decode path.
+
+        -> (B, T - prompt_len) float32. ValueError unless 1 <= prompt_len < T.
+        """
+        B, T = idx.shape
+        if not 1 <= prompt_len < T:
+            raise ValueError(f"prompt_len must be between 1 and {T - 1}, not {prompt_len}")
+        decoder = Decoder(self, B, retro, max_seq_len=T)
+        logits = [decoder.prefill(idx[:, :prompt_len])]  # of the token behind the prompt
+        logits += [decoder.step(idx[:, i]) for i in range(prompt_len, T - 1)]
+        logps = torch.stack(logits, dim=1).float().log_softmax(dim=-1)  # (B, T - prompt_len, vocab)
+        return logps.gather(2, idx[:, prompt_len:, None]).squeeze(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+class Decoder:
+    """One batch of sequences on its way: token ids, the position of the newest, and each layer's RetroAttention.
+
+    `prefill` a prompt, then `step` with each next token; both return the logits of the token that follows.
+    """
+
+    def __init__(self, model: Llama, batch_size: int, retro: RetroConfig | None = None, max_seq_len: int | None = None):
+        config, weight = model.config, model.norm.weight
+        if max_seq_len is None:
+            max_seq_len = config.max_seq_len
+        if not 1 <= max_seq_len <= config.max_seq_len:
+            raise ValueError(f"max_seq_len must be between 1 and the context of {config.max_seq_len}, not {max_seq_len}")
+        if retro is None:
+            retro = RetroConfig(window=1, dense_layers=config.n_layer)
+        if retro.dense_layers > config.n_layer:
+            raise ValueError(
+                f"dense_layers must be between 0 and the model's {config.n_layer} layers, not {retro.dense_layers}"
+            )
+        self.model, self.retro, self.max_seq_len = model, retro, max_seq_len
+        self.layers = [
+            RetroAttention(
+                retro,
+                dense=i < retro.dense_layers,
+                batch_size=batch_size,
+                n_head=config.n_head,
+                n_kv_head=config.n_kv_head,
+                head_size=config.head_size,
+                max_seq_len=max_seq_len,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            for i in range(config.n_layer)
+        ]
+        self.tokens = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=weight.device)  # (B, max_seq_len)
+        self.t = torch.zeros((), dtype=torch.long, device=weight.device)  # position of the newest token
+
+    @torch.inference_mode()
+    def prefill(self, idx: torch.Tensor) -> torch.Tensor:
+        """(B, T) prompt -> (B, vocab). ValueError if it is empty or longer than the context."""
+        T = idx.shape[1]
+        if not 1 <= T <= self.max_seq_len:
+            raise ValueError(f"the prompt has {T} tokens: must be between 1 and the context of {self.max_seq_len}")
+        self.tokens[:, :T] = idx
+        self.t.fill_(T - 1)
+        x = self.model.hidden(idx, *self.model.rope, self.layers)  # (B, T, dim)
+        return self.model.logits(x[:, -1])
+
+    @torch.inference_mode()
+    def step(self, token: torch.Tensor) -> torch.Tensor:
+        """(B,) the token behind the newest -> (B, vocab). Nothing in here waits for the device."""
+        W = self.retro.window
+        self.t += 1
+        self.tokens.index_copy_(1, self.t.view(1), token[:, None])
+        # The past rows start from their token ids again. Before the text starts there are none: any id will do.
+        rows = (self.t - W + 1 + torch.arange(W, device=token.device)).clamp(min=0)  # (W,)
+        x = self.model.hidden(self.tokens[:, rows], *self.model.rope, self.layers, self.t)  # (B, W, dim)
+        return self.model.logits(x[:, -1])
+
+    def stream(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] = (),
+    ) -> Iterator[torch.Tensor]:
+        """An iterator over the (B,) next tokens; arguments and errors as in `Llama.generate`."""
+        if not 1 <= idx.shape[1] < self.max_seq_len:
+            raise ValueError(
+                f"the prompt has {idx.shape[1]} tokens: must be between 1 and {self.max_seq_len - 1}, one less than the context"
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1, not {max_new_tokens}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be >= 0, not {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be >= 1, not {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, not {seed}")
+        generator = torch.Generator(device=idx.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        n = min(max_new_tokens, self.max_seq_len - idx.shape[1])
+        return self._stream(
+            idx, n, partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator), stop_tokens
+        )
+
+    def _stream(self, idx, n, sample, stop_tokens):
+        stops = torch.tensor(stop_tokens, dtype=torch.long, device=idx.device)
+        ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)  # (B,)
+        for i in range(n):
+            logits = self.step(token) if i else self.prefill(idx)
+            token = sample(logits)  # (B,)
+            if len(stops):
+                token = torch.where(ended, stops[0], token)
+                ended |= torch.isin(token, stops)
+            yield token
+            if len(stops) and ended.all():
+                return
+
+
+def sample_token(logits, temperature, top_k, top_p, generator) -> torch.Tensor:
+    """(B, vocab) logits -> (B,) ids; temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs, ids = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)  # (B, vocab), likeliest first
+    if top_k is not None:
+        probs[:, top_k:] = 0
+    if top_p is not None:
+        # The smallest set of likeliest tokens that holds top_p: a token stays if those before it hold less.
+        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0
+    return ids.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)

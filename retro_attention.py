@@ -1,0 +1,331 @@
+"""RetroAttention (Choi et al., ICLR 2026, arXiv 2508.09001), step by step in plain PyTorch.
+
+Sparse decoding reads only the KV pages that matter to the newest query. RetroAttention uses the pages once more: for the
+last few queries, which may not have seen them. Their attention outputs are corrected, the corrected hidden states travel on,
+and in the next layer they overwrite stale keys and values. A decode step therefore carries W rows through every layer, the
+new token and W-1 past ones, and in each layer does this:
+
+    1. write    rotate q and k, append the new row's K and V, overwrite those of the past rows, refresh the page bounds
+    2. score    an upper bound of q.k over each page, for the newest query                      (Quest; section 2 of the paper)
+    3. select   the top pages of each KV head, and when each was last loaded                    (exposure table A)
+    4. attend   one read of those pages serves all rows: the newest sees all of them,
+                a past row only what it has never seen                                          (supplementary output)
+    5. combine  merge past rows with their output so far, by log-sum-exp                        (output cache: pop, update, push)
+
+The functions of the same names below are these steps; `RetroAttention` calls them in this order. `kernels.py` holds a Triton
+twin of each, with the same signature. W=1 is Quest. A layer that stays dense does 1, 4 over all pages, and 5 without a cache.
+
+Shapes: B batch, W window rows (newest last), P pages, ps page size, S selected pages, n_head query heads, n_kv_head KV heads,
+G = n_head / n_kv_head, hs head size. `t` is the position of the newest row, a 0-dim integer tensor on the cache's device; row
+w stands at position t-W+1+w. Rows before the start of the text (negative positions) write nothing, see nothing and are zero.
+"""
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+
+@dataclass(frozen=True)
+class RetroConfig:
+    """What RetroAttention may read, and how far back it corrects. ValueError names a value that is out of range."""
+
+    page_size: int = 16  # tokens a page; a power of two
+    budget: float = 0.15  # share of the pages held that a step loads, in (0, 1]
+    min_tokens: int = 256  # ... but no fewer than this many tokens' worth
+    window: int = 2  # rows a step carries, the new one included: the paper's w; 1 is Quest
+    dense_layers: int = 2  # the first layers attend densely, as in Quest: their attention is spread too wide to select
+    impl: str = "auto"  # "torch", "triton", or "auto": Triton on a GPU, PyTorch elsewhere
+
+    def __post_init__(self):
+        for name, least in (("page_size", 1), ("min_tokens", 1), ("window", 1), ("dense_layers", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, not {value!r}")
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size must be a power of two, not {self.page_size}")
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"budget must be in (0, 1], not {self.budget}")
+        if self.impl not in ("auto", "torch", "triton"):
+            raise ValueError(f"impl must be auto, torch or triton, not {self.impl!r}")
+
+    @property
+    def budget_ratio(self) -> tuple[int, int]:
+        """The budget as it was written, 0.3 as 3 / 10, so that 0.3 of 10 pages is 3 and not 4."""
+        ratio = Fraction(str(self.budget)).limit_denominator(1_000_000)
+        return ratio.numerator, ratio.denominator
+
+    def pages_selected(self, t: int) -> int:
+        """Pages that a KV head loads at position t: the budget, the floor or the window's own pages, whichever is most."""
+        held = t // self.page_size + 1
+        share, whole = self.budget_ratio
+        floor = -(-self.min_tokens // self.page_size)  # -(-a // b) is a / b rounded up
+        in_window = t // self.page_size - max(0, t - self.window + 1) // self.page_size + 1
+        return min(held, max(floor, -(-share * held // whole), in_window))
+
+    def most_pages_selected(self, max_seq_len: int) -> int:
+        """Pages that a KV head loads at most, at any position of the context."""
+        # All but the window's own pages grows with t; those repeat with the place of t in its page.
+        return max(self.pages_selected(t) for t in range(max(0, max_seq_len - self.page_size), max_seq_len))
+
+
+@dataclass
+class LayerCache:
+    """All that one layer remembers. A dense layer has no bounds, no exposure table and no output cache: None."""
+
+    k: torch.Tensor  # (B, n_kv_head, P, ps, hs) rotated keys: one head's pages lie together
+    v: torch.Tensor  # (B, n_kv_head, P, ps, hs)
+    k_min: torch.Tensor | None  # (B, n_kv_head, P, hs) element-wise minimum of a page's keys
+    k_max: torch.Tensor | None  # (B, n_kv_head, P, hs)
+    last_loaded: torch.Tensor | None  # (B, n_kv_head, P) int32: the step at which a page was last loaded, -1 for never
+    out: torch.Tensor | None  # (B, W, n_head, hs) float32 outputs of the window's rows; the row of position p in slot p % W
+    lse: torch.Tensor | None  # (B, W, n_head) float32 natural-log sum of exp over the keys that a row has seen, -inf for none
+    exposure: torch.Tensor | None  # (B, n_kv_head, 2) int64, since the start: pages loaded; past rows' first sights of a page
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Scores, softmax and outputs are summed in float32; in float64 when the model is."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_seq_len, device, dtype) -> LayerCache:
+    P, acc = -(-max_seq_len // config.page_size), accumulator(dtype)
+    like = {"device": device, "dtype": dtype}
+    kv = [torch.empty(B, n_kv_head, P, config.page_size, hs, **like) for _ in range(2)]
+    if dense:
+        return LayerCache(*kv, None, None, None, None, None, None)
+    return LayerCache(
+        *kv,
+        k_min=torch.empty(B, n_kv_head, P, hs, **like),
+        k_max=torch.empty(B, n_kv_head, P, hs, **like),
+        last_loaded=torch.full((B, n_kv_head, P), -1, device=device, dtype=torch.int32),
+        out=torch.zeros(B, config.window, n_head, hs, device=device, dtype=acc),
+        lse=torch.full((B, config.window, n_head), -torch.inf, device=device, dtype=acc),
+        exposure=torch.zeros(B, n_kv_head, 2, device=device, dtype=torch.int64),
+    )
+
+
+def row_positions(t: torch.Tensor, W: int) -> torch.Tensor:
+    """Positions of the window's rows, t-W+1 .. t."""
+    return t - W + 1 + torch.arange(W, device=t.device)  # (W,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. write
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates neighbouring pairs of x (..., T, heads, hs) by the angles of its T positions; cos, sin (T, hs / 2)."""
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, hs / 2)
+    x1, x2 = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # (..., T, heads, hs / 2)
+    return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
+    """Rotates q (B, W, n_head, hs) and k (B, W, n_kv_head, hs), each row at its own position, and puts k and v into the cache.
+
+    The newest row is appended. The past rows overwrite what the step before wrote (the paper's propagation): same token, same
+    position, better hidden state. Returns the rotated q.
+    """
+    W = q.shape[1]
+    rows = row_positions(t, W).clamp(min=0)  # (W,)
+    q, k = apply_rope(q, cos[rows], sin[rows]), apply_rope(k, cos[rows], sin[rows])
+    store(k[:, -int(t) - 1 :], v[:, -int(t) - 1 :], cache, int(t))  # without the rows before the start
+    return q
+
+
+def store(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> None:
+    """Puts the keys and values (B, T, n_kv_head, hs) of positions t-T+1 .. t into their pages and refreshes those pages' bounds."""
+    first, ps = t + 1 - k.shape[1], cache.k.shape[3]
+    cache.k.flatten(2, 3)[:, :, first : t + 1] = k.transpose(1, 2)
+    cache.v.flatten(2, 3)[:, :, first : t + 1] = v.transpose(1, 2)
+    if cache.k_min is not None:
+        # Over all keys of the page again: a running minimum could not shrink when a key is overwritten.
+        touched = slice(first // ps, t // ps + 1)
+        keys = cache.k[:, :, touched]  # (B, n_kv_head, pages, ps, hs)
+        beyond = torch.arange(touched.start * ps, touched.stop * ps, device=k.device).view(-1, ps, 1) > t
+        cache.k_min[:, :, touched] = keys.masked_fill(beyond, torch.inf).amin(dim=3)
+        cache.k_max[:, :, touched] = keys.masked_fill(beyond, -torch.inf).amax(dim=3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. score
+
+
+def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
+    """Quest's bound sum_i max(q_i * k_min_i, q_i * k_max_i) of the newest row, summed over the query heads of a KV head.
+
+    A page's largest q.k cannot exceed it. A positive q_i picks k_max_i and a negative one k_min_i, so the sum over the group
+    moves inside: two dot products a page. q (B, W, n_head, hs), rotated -> (B, n_kv_head, pages held) float.
+    """
+    held = int(t) // cache.k.shape[3] + 1
+    q = q[:, -1].unflatten(1, (cache.k.shape[1], -1)).to(accumulator(q.dtype))  # (B, n_kv_head, G, hs)
+    up, down = q.clamp(min=0).sum(2), q.clamp(max=0).sum(2)  # (B, n_kv_head, hs)
+    k_max, k_min = cache.k_max[:, :, :held].to(q.dtype), cache.k_min[:, :, :held].to(q.dtype)
+    return (k_max @ up[..., None] + k_min @ down[..., None]).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. select
+
+
+def select(scores: torch.Tensor, cache: LayerCache, config: RetroConfig, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pages that this step loads, ascending, and the step at which each was loaded before: two of (B, n_kv_head, S) int32.
+
+    The window's own pages are always among them (their keys are being rewritten); ties go to the lower page. Then the exposure
+    table says t for the selected pages. `scores` (B, n_kv_head, pages held) is overwritten.
+    """
+    W, ps = config.window, config.page_size
+    S = config.pages_selected(int(t))
+    scores[..., max(0, int(t) - W + 1) // ps :] = torch.inf
+    # sort and not topk, which may return any of several equal pages
+    pages = scores.sort(dim=-1, descending=True, stable=True).indices[..., :S].sort(dim=-1).values  # (B, n_kv_head, S)
+    stamps = cache.last_loaded.gather(2, pages)  # (B, n_kv_head, S)
+    cache.last_loaded.scatter_(2, pages, int(t))
+
+    past = row_positions(t, W)[:-1, None]  # (W-1, 1)
+    # A past row sees a page for the first time if it is not newer than the row, and was not loaded since the row's own step.
+    new = (pages[..., None, :] * ps <= past) & (stamps[..., None, :] < past)  # (B, n_kv_head, W-1, S)
+    cache.exposure += torch.stack((torch.full_like(pages[..., 0], S), new.sum((2, 3))), dim=-1)
+    return pages.int(), stamps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. attend
+
+
+def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tensor | None, t: torch.Tensor):
+    """Softmax attention of all rows over the pages loaded: row at position p sees a key at position j if
+
+        j <= p                  it is causal, also inside a page that a past row meets for the first time
+        stamp of the page < p   the row has not seen it: neither loaded at the row's own step nor at one since
+
+    For the newest row, p = t, the second holds for every page: original output and supplementary outputs are one rule.
+    Without `pages` all pages held are loaded and new to every row (a dense layer, and the end of the prompt).
+
+    q (B, W, n_head, hs), rotated -> o (1, B, W, n_head, hs), lse (1, B, W, n_head) float: a single part where the kernel
+    returns one for each of its splits. A row that sees nothing has o = 0 and lse = -inf.
+    """
+    B, W, n_head, hs = q.shape
+    n_kv_head, ps, acc = cache.k.shape[1], cache.k.shape[3], accumulator(q.dtype)
+    if pages is None:
+        held = int(t) // ps + 1
+        pages = torch.arange(held, device=q.device).expand(B, n_kv_head, held)
+        stamps = torch.full_like(pages, -1)
+        k, v = cache.k[:, :, :held], cache.v[:, :, :held]
+    else:
+        b = torch.arange(B, device=q.device)[:, None, None]
+        h = torch.arange(n_kv_head, device=q.device)[:, None]
+        k, v = cache.k[b, h, pages], cache.v[b, h, pages]  # (B, n_kv_head, S, ps, hs)
+    keys = pages[..., None] * ps + torch.arange(ps, device=q.device)  # (B, n_kv_head, S, ps) positions
+    rows = row_positions(t, W)[:, None, None]  # (W, 1, 1)
+    visible = (keys[:, :, None] <= rows) & (stamps[:, :, None, :, None] < rows)  # (B, n_kv_head, W, S, ps)
+    visible = visible.flatten(3)[..., None, :]  # (B, n_kv_head, W, 1, S * ps)
+
+    k = k.flatten(2, 3).to(acc)  # (B, n_kv_head, S * ps, hs)
+    # What lies behind position t was never written and may be NaN, which a weight of zero would not remove.
+    v = v.masked_fill((keys > t)[..., None], 0).flatten(2, 3).to(acc)
+    q = q.to(acc).unflatten(2, (n_kv_head, -1)).transpose(1, 2).flatten(2, 3)  # (B, n_kv_head, W * G, hs)
+    s = (q @ k.mT * hs**-0.5).unflatten(2, (W, -1)).masked_fill(~visible, -torch.inf)  # (B, n_kv_head, W, G, S * ps)
+    lse = s.logsumexp(dim=-1)  # (B, n_kv_head, W, G)
+    # Where nothing is visible, exp(-inf - lowest) = 0 and not exp(-inf + inf) = NaN.
+    p = (s - lse.clamp(min=torch.finfo(acc).min)[..., None]).exp()
+    o = (p.flatten(2, 3) @ v).unflatten(2, (W, -1))  # (B, n_kv_head, W, G, hs)
+    return o.transpose(1, 2).reshape(1, B, W, n_head, hs), lse.transpose(1, 2).reshape(1, B, W, n_head)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. combine
+
+
+def merge(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention outputs over N disjoint sets of keys -> the output over all of them: the same as softmax over the union.
+
+    o (N, ..., hs), lse (N, ...) -> o (..., hs), lse (...). An empty set, o = 0 and lse = -inf, changes nothing.
+    """
+    total = lse.logsumexp(dim=0)
+    weight = (lse - total.clamp(min=torch.finfo(lse.dtype).min)).exp()  # (N, ...)
+    return (weight[..., None] * o).sum(dim=0), total
+
+
+def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
+    """Merges the parts o (N, B, W, n_head, hs), lse (N, B, W, n_head) with each other and with the output cache, in place.
+
+    The cache has a slot for each row of the window, position p in slot p % W, so that no row ever moves. Returns the merged
+    rows (B, W, n_head, hs) in the dtype of the model.
+    """
+    if cache.out is None:
+        return merge(o, lse)[0].to(cache.k.dtype)
+    slots = row_positions(t, o.shape[2]) % o.shape[2]  # (W,)
+    cache.lse[:, slots[-1]] = -torch.inf  # pop: the row of t-W has left the window, its slot is the newest row's
+    o, lse = merge(torch.cat((o, cache.out[None, :, slots])), torch.cat((lse, cache.lse[None, :, slots])))
+    cache.out[:, slots], cache.lse[:, slots] = o, lse  # update the past rows, push the newest
+    return o.to(cache.k.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The module that the model calls
+
+
+def implementation(impl: str, device: torch.device):
+    """The module whose `write` ... `combine` run: this one, or kernels.py. ValueError if Triton is asked for and cannot run."""
+    have_triton = importlib.util.find_spec("triton") is not None
+    if impl == "torch" or (impl == "auto" and not (device.type == "cuda" and have_triton)):
+        return sys.modules[__name__]
+    if not have_triton:
+        raise ValueError("impl triton: Triton is not installed on this machine: pip install triton (Linux only), or impl torch")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"impl triton on {device.type}: set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
+    import kernels
+
+    return kernels
+
+
+class RetroAttention:
+    """One layer's cache and its attention: `prefill` once, then `decode` for each position; the caller keeps the position."""
+
+    def __init__(
+        self,
+        config: RetroConfig,
+        *,
+        dense: bool,
+        batch_size: int,
+        n_head: int,
+        n_kv_head: int,
+        head_size: int,
+        max_seq_len: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ):
+        self.config, self.dense = config, dense
+        self.ops = implementation(config.impl, torch.device(device))
+        self.cache = new_cache(config, dense, batch_size, n_head, n_kv_head, head_size, max_seq_len, device, dtype)
+
+    def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores a prompt's rotated keys and values; the prompt itself attends densely, outside of here.
+
+        Prefill loaded everything: each page counts as loaded at the last prompt position, and the window starts filled with
+        the prompt's last rows, as if a dense step had ended it. q (B, T, n_head, hs), k and v (B, T, n_kv_head, hs).
+        """
+        T, W = q.shape[1], self.config.window
+        store(k, v, self.cache, T - 1)
+        if self.dense:
+            return
+        self.cache.last_loaded[:, :, : -(-T // self.config.page_size)] = T - 1
+        q = torch.nn.functional.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0))  # (B, W, n_head, hs)
+        t = torch.tensor(T - 1, device=q.device)
+        combine(*attend(q, self.cache, None, None, t), self.cache, t)
+
+    def decode(self, q, k, v, cos, sin, t: torch.Tensor) -> torch.Tensor:
+        """One step of all W rows: q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated, the newest row at
+        position t; cos and sin (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs)."""
+        cache, ops = self.cache, self.ops
+        pages = stamps = None
+        q = ops.write(q, k, v, cos, sin, cache, t)
+        if not self.dense:
+            pages, stamps = ops.select(ops.score(q, cache, t), cache, self.config, t)
+        o, lse = ops.attend(q, cache, pages, stamps, t)
+        return ops.combine(o, lse, cache, t)

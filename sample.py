@@ -1,0 +1,197 @@
+"""Generates text with RetroAttention: python sample.py --prompt "It was a dark night"
+
+The text goes to stdout as it is made, a short report to stderr. Exit code 0 on success, 2 with one line on a mistake in the
+arguments or the checkpoint, 130 after Ctrl-C, which keeps the text made so far.
+"""
+
+import argparse
+import codecs
+import os
+import sys
+import time
+from pathlib import Path
+
+# A fresh start runs for a few seconds on a handful of small operations: the import is a good part of it.
+import torch
+
+from model import Decoder, Llama, Tokenizer
+from retro_attention import RetroConfig
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    retro = RetroConfig()
+    tiny = Path(__file__).resolve().parent / "tiny"
+    parser = argparse.ArgumentParser(
+        description="Generate text with RetroAttention.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--prompt", default="", help="text to continue; FILE:path reads a file, - reads stdin, empty starts from nothing")
+    add("--checkpoint", default=tiny, help="folder with params.json, consolidated.00.pth and tokenizer.model")
+    add("--max_new_tokens", type=int, default=500, help="stop after so many tokens")
+    add("--num_samples", type=int, default=1, help="texts to make side by side, as one batch")
+    add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    add("--top_k", type=int, default=None, help="sample from the k likeliest tokens only")
+    add("--top_p", type=float, default=0.95, help="sample from the likeliest tokens that together have this probability")
+    add("--seed", type=int, default=1337, help="same seed, same text")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto is bfloat16 on a GPU, float32 elsewhere")
+    add("--attention", choices=["retro", "quest", "full"], default="retro", help="quest is retro with a window of 1")
+    add("--window", type=int, default=retro.window, help="rows a step carries, the new token included: the paper's w")
+    add("--budget", type=float, default=retro.budget, help="share of the KV pages that a step loads")
+    add("--min_tokens", type=int, default=retro.min_tokens, help="but at least this many tokens' worth of pages")
+    add("--page_size", type=int, default=retro.page_size, help="tokens a page, a power of two")
+    add("--dense_layers", type=int, default=retro.dense_layers, help="first layers that attend to everything")
+    add("--impl", choices=["auto", "torch", "triton"], default=retro.impl, help="auto is triton on a GPU, torch elsewhere")
+    return parser.parse_args(argv)
+
+
+def read_prompt(prompt: str) -> str:
+    if prompt != "-" and not prompt.startswith("FILE:"):
+        return prompt
+    name = "stdin" if prompt == "-" else prompt.removeprefix("FILE:")
+    try:
+        data = sys.stdin.buffer.read() if prompt == "-" else Path(name).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"prompt file {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {name}: not UTF-8 at byte {error.start}") from None
+
+
+def choose_device(name: str) -> torch.device:
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    present = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + present
+    if name == "auto":
+        return torch.device(present[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r}: unknown; this machine has {', '.join(present)}") from None
+    if device.type not in present and f"{device.type}:{device.index or 0}" not in present:
+        raise ValueError(f"device {name!r}: not on this machine, which has {', '.join(present)}")
+    return device
+
+
+def retro_config(args: argparse.Namespace) -> RetroConfig | None:
+    """None for full attention. Built in any case, so that a bad value never passes unseen."""
+    retro = RetroConfig(
+        page_size=args.page_size,
+        budget=args.budget,
+        min_tokens=args.min_tokens,
+        window=1 if args.attention == "quest" and args.window >= 1 else args.window,
+        dense_layers=args.dense_layers,
+        impl=args.impl,
+    )
+    return None if args.attention == "full" else retro
+
+
+class Report:
+    """Counts while the text is made: time, tokens, and how much of the KV cache each decode step reads."""
+
+    def __init__(self, decoder: Decoder, prompt_len: int):
+        self.decoder, self.prompt_len = decoder, prompt_len
+        self.start = time.perf_counter()
+        self.first = self.last = None
+        self.tokens = 0
+
+    def token(self):
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.tokens += 1
+
+    def lines(self) -> list[str]:
+        if not self.tokens:
+            return ["no tokens"]
+        n, B = self.tokens, len(self.decoder.tokens)
+        pace = f"{B * (n - 1) / (self.last - self.first):.1f} tokens/s" if n > 1 else "one token"
+        out = [
+            f"{B * n} tokens, {pace}, prompt of {self.prompt_len} tokens read in {self.first - self.start:.2f} s; "
+            f"context {self.prompt_len + n} of {self.decoder.model.config.max_seq_len}"
+        ]
+        # The first token comes out of the prefill, so n tokens took n - 1 decode steps.
+        steps = range(self.prompt_len, self.prompt_len + n - 1)
+        return out + self.sparsity(steps) if steps else out
+
+    def sparsity(self, steps: range) -> list[str]:
+        """Pages and bytes that the steps read, from the positions alone; exposure as the layers counted it."""
+        retro, layers = self.decoder.retro, self.decoder.layers
+        held = sum(t // retro.page_size + 1 for t in steps)
+        sparse = [layer.cache for layer in layers if not layer.dense]
+        if not sparse:
+            return [f"full attention: {held / len(steps):.0f} pages held, all of them read"]
+        read = sum(retro.pages_selected(t) for t in steps)
+        # A page has ps keys and values; its bounds are two vectors more, which the choice of pages reads for all pages held.
+        share = (read + held / retro.page_size) / held
+        overall = (share * len(sparse) + len(layers) - len(sparse)) / len(layers)
+        loaded, first_seen = sum(cache.exposure.sum((0, 1)) for cache in sparse).tolist()
+        name = "RetroAttention" if retro.window > 1 else "Quest"
+        return [
+            f"{name}, window {retro.window}: {read / len(steps):.1f} of {held / len(steps):.1f} pages read a step and KV head "
+            f"in {len(sparse)} sparse layers, {len(layers) - len(sparse)} dense",
+            f"KV bytes read {overall:.0%} of full attention's (sparse layers {share:.0%}, page bounds included); "
+            f"effective exposure {1 + first_seen / loaded:.2f}x of the pages a query loaded itself",
+        ]
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.num_samples < 1:
+        raise ValueError(f"num_samples must be >= 1, not {args.num_samples}")
+    device, retro, prompt = choose_device(args.device), retro_config(args), read_prompt(args.prompt)
+    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    tok = Tokenizer.from_checkpoint(args.checkpoint)
+    model = Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype)
+    ids = tok.encode(prompt, bos=True)
+    room = model.config.max_seq_len - len(ids)
+    # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
+    length = min(len(ids) + max(1, args.max_new_tokens), model.config.max_seq_len)
+    decoder = Decoder(model, args.num_samples, retro, max_seq_len=length)
+    idx = torch.tensor([ids] * args.num_samples, device=device)  # (B, T)
+    stream = decoder.stream(
+        idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, stop_tokens=tok.stop_tokens
+    )
+
+    # One text is shown while it grows; of several, the first, and the others when all are done.
+    report, texts = Report(decoder, len(ids)), [[] for _ in range(args.num_samples)]
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
+    code = 0
+    try:
+        print(prompt, end="", flush=True)
+        for tokens in stream:
+            tokens = tokens.tolist()
+            report.token()
+            for text, token in zip(texts, tokens):
+                if token not in tok.stop_tokens:
+                    text.append(token)
+            if texts[0] and tokens[0] not in tok.stop_tokens:
+                print(utf8.decode(tok.token_bytes(tokens[0])), end="", flush=True)
+    except KeyboardInterrupt:
+        code = 130
+    print(utf8.decode(b"", final=True))
+    for text in texts[1:]:
+        print(f"---------------\n{prompt}{tok.decode(text)}")
+    sys.stdout.flush()
+    if report.tokens == room:
+        print(f"The context of {model.config.max_seq_len} tokens is full.", file=sys.stderr)
+    print("\n".join(report.lines()), file=sys.stderr)
+    return code
+
+
+def main() -> int:
+    try:
+        return run(parse_args())
+    except ValueError as error:
+        print(f"sample.py: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our stdout has gone: nothing is left to say, not even by Python at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

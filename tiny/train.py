@@ -1,0 +1,297 @@
+"""Trains the checkpoint that ships in this folder, and measures it.
+
+    python tiny/train.py tokenizer --data DIR     # 3,840 byte-pair tokens in Llama 3's file format -> tokenizer.model
+    python tiny/train.py train --data DIR         # -> params.json, consolidated.00.pth; the same command continues a run
+    python tiny/train.py evaluate --data DIR      # bits per byte of held-out books, share of task lines exactly right
+
+DIR holds `train*.txt.xz` and `heldout.txt.xz`: books as plain text, joined by a line "<|endoftext|>".
+Needs `pip install tokenizers` for the first command; nothing beyond the project's own packages for the others.
+
+A window of training text is either book text, or tasks, with or without book text in front. Tasks are made on the fly:
+
+ledger    lines "name: number", then an order of names, then the answer: the same lines in that order.
+chain     shuffled lines "X wrote to Y.", then a start, then the answer: the letters followed from there, each line's end the
+          next line's beginning. One slip derails the rest.
+"""
+
+import argparse
+import base64
+import json
+import lzma
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import Llama, LlamaConfig, Tokenizer  # noqa: E402
+
+NAMES = (
+    "Ada Adam Agnes Alan Albert Alfred Alice Alma Amos Amy Andrew Anna Anne Anton Arthur Ashley Barbara Basil Beatrice Ben "
+    "Bernard Bertha Bess Blake Boris Bruce Bruno Carl Carmen Carol Caspar Cecil Celia Charles Chester Clara Claude Clement "
+    "Colin Conrad Cora Cyril Cyrus Daisy Daniel Daphne David Dean Della Denis Diana Dora Doris Douglas Duncan Dwight Earl "
+    "Edgar Edith Edmund Edna Edward Edwin Eileen Elaine Eleanor Elias Elinor Eliza Ella Ellen Elmer Elsa Emil Emily Emma "
+    "Enoch Eric Ernest Esther Ethan Ethel Eugene Eva Evan Faith Fanny Felix Flora Frances Frank Fred Gail George Gerald "
+    "Gertrude Gilbert Gladys Gloria Grace Graham Greta Guy Hannah Harold Harriet Harry Harvey Hazel Hector Heidi Helen Henry "
+    "Herbert Herman Hilda Homer Horace Howard Hubert Hugh Hugo Ida Ingrid Irene Iris Irma Isaac Isabel Ivan Ivor Jack Jacob "
+    "James Jane Janet Jasper Jean Jeremy Jerome Jesse Joan Joel John Jonas Joseph Josephine Joyce Judith Julia Julian June "
+    "Justin Karen Karl Kate Kenneth Kurt Laura Laurence Leah Leo Leon Leonard Leslie Lester Lewis Lily Linda Lionel Lois "
+    "Lorna Louis Louise Lucas Lucy Luke Luther Lydia Mabel Magnus Malcolm Marcus Margaret Maria Marian Mark Martha Martin "
+    "Mary Matilda Maud Maurice Max May Melvin Mercy Milton Mina Minnie Miriam Molly Morris Moses Muriel Myra Nancy Naomi "
+    "Nathan Nelly Neville Nicholas Nigel Noel Nora Norman Olga Oliver Olive Oscar Otto Owen Patrick Paul Pauline Pearl Percy "
+    "Perry Peter Philip Phoebe Phyllis Polly Quentin Rachel Ralph Ray Rebecca Reuben Rhoda Richard Rita Robert Roger Roland "
+    "Rosa Rose Ross Roy Rufus Rupert Ruth Sally Samson Samuel Sarah Saul Selma Seth Sidney Silas Simon Sophia Stanley "
+    "Stella Stephen Susan Sybil Sylvia Thelma Theodore Thomas Timothy Tobias Tom Ursula Vera Vernon Victor Vincent Viola "
+    "Violet Virgil Vivian Wallace Walter Wanda Warren Wilbur William Willis Winifred Xavier Yvonne Zelda"
+).split()
+
+
+def ledger(rng: random.Random, n: int) -> tuple[str, str]:
+    """Question and answer of `n` lines (1 to len(NAMES))."""
+    names = rng.sample(NAMES, n)
+    lines = {name: f"{name}: {rng.randrange(100, 1000)}\n" for name in names}
+    order = rng.sample(names, n)
+    return f"Ledger\n{''.join(lines.values())}Order: {', '.join(order)}\nReport\n", "".join(lines[x] for x in order) + "\n"
+
+
+def chain(rng: random.Random, n: int) -> tuple[str, str]:
+    """Question and answer of `n` lines (1 to len(NAMES))."""
+    names = rng.sample(NAMES, n)  # who writes to whom: each to the next, the last to the first
+    lines = [f"{a} wrote to {b}.\n" for a, b in zip(names, names[1:] + names[:1])]
+    return f"Letters\n{''.join(rng.sample(lines, n))}Follow the letters from {names[0]}\n", "".join(lines) + "\n"
+
+
+TASKS = {"ledger": ledger, "chain": chain}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def read_books(path: Path) -> list[str]:
+    return lzma.open(path, "rt", encoding="utf-8").read().split("\n\n<|endoftext|>\n\n")
+
+
+def book_tokens(data: Path, tok: Tokenizer) -> np.ndarray:
+    """All training books as one array of ids, end_of_text and begin_of_text between them; kept in DIR/tokens.npy or beside us."""
+    cache = Path("tokens.npy")
+    if not cache.exists():
+        end = tok.special["<|end_of_text|>"]
+        books = [book for path in sorted(data.glob("train*.txt.xz")) for book in read_books(path)]
+        random.Random(0).shuffle(books)
+        ids = tok.bpe.encode_ordinary_batch(books, num_threads=16)
+        np.save(cache, np.concatenate([np.array([tok.bos, *x, end], dtype=np.uint16) for x in ids]))
+    return np.load(cache, mmap_mode="r")
+
+
+class Windows(torch.utils.data.IterableDataset):
+    """Endless (ids, targets) windows of `context` tokens; a target of -100 is not trained on."""
+
+    def __init__(self, books: np.ndarray, tok: Tokenizer, context: int, task_share: float, sizes: tuple[int, int], seed: int):
+        self.books, self.tok, self.context, self.sizes, self.seed = books, tok, context, sizes, seed
+        self.task_share = task_share
+
+    def book_text(self, rng: random.Random, n: int) -> list[int]:
+        start = rng.randrange(len(self.books) - n)
+        return self.books[start : start + n].tolist()
+
+    def task_text(self, rng: random.Random) -> tuple[list[int], list[int]]:
+        """Ids, and the targets' twin of the same length: the question is random, so only its answer is trained on."""
+        low, high = self.sizes
+        n = round(math.exp(rng.uniform(math.log(low), math.log(high))))
+        question, answer = (self.tok.encode(text) for text in rng.choice(list(TASKS.values()))(rng, n))
+        return question + answer, [-100] * len(question) + answer
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        rng = random.Random(self.seed * 1009 + (info.id if info else 0))
+        while True:
+            n = self.context
+            if rng.random() >= self.task_share:
+                ids = self.book_text(rng, n + 1)
+                targets = ids
+            else:
+                # Book text in front of half of the task windows: the tasks are asked for there, too.
+                front = self.book_text(rng, rng.randrange(n // 2)) if rng.random() < 0.5 else []
+                ids, targets = [self.tok.bos, *front], [-100, *front]
+                while len(ids) <= n:
+                    task, wanted = self.task_text(rng)
+                    ids, targets = ids + task, targets + wanted
+            yield torch.tensor(ids[:n]), torch.tensor(targets[1 : n + 1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The three commands
+
+
+def train_tokenizer(args):
+    import tokenizers
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(Tokenizer.pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    rng = random.Random(0)
+    tasks = ["".join(TASKS[name](rng, 64)) for name in TASKS for _ in range(200)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=args.vocab_size - 256, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(read_books(args.data / "train.txt.xz") + tasks, trainer)
+    # The library writes bytes as printable characters: GPT-2's table, the printable ones as themselves, the rest from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+    by_rank = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    lines = [base64.b64encode(bytes(byte[c] for c in token)) + b" %d\n" % rank for token, rank in by_rank]
+    (args.out / "tokenizer.model").write_bytes(b"".join(lines))
+    print(f"{len(lines)} tokens -> {args.out / 'tokenizer.model'}")
+
+
+def learning_rate(step: int, args) -> float:
+    """Share of the peak: a short warm-up, flat, and down to zero over the last `decay` of the run."""
+    return min((step + 1) / args.warmup, 1.0, (args.steps - step) / (args.decay * args.steps))
+
+
+def optimizers(model: Llama, args) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [muon, adamw]
+
+
+def initialise(model: Llama):
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            # The two matrices that write to the residual stream start smaller, as in GPT-2.
+            scale = 1 / math.sqrt(2 * model.config.n_layer) if name.endswith(("wo.weight", "w2.weight")) else 1.0
+            torch.nn.init.normal_(p, std=0.02 * scale)
+
+
+def train(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tok = Tokenizer.from_checkpoint(args.out)
+    params = {
+        "dim": args.dim, "n_layers": args.n_layer, "n_heads": args.n_head, "n_kv_heads": args.n_kv_head,
+        "vocab_size": tok.vocab_size, "multiple_of": 128, "norm_eps": 1e-5, "rope_theta": 50_000.0, "max_seq_len": 4096,
+    }  # fmt: skip
+    torch.manual_seed(args.seed)
+    model = Llama(LlamaConfig.from_params(params, tie_embeddings=True)).to(device)
+    model.set_rope()
+    initialise(model)
+    opts, step = optimizers(model, args), 0
+    if args.state.exists():
+        state = torch.load(args.state, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for opt, saved in zip(opts, state["opts"]):
+            opt.load_state_dict(saved)
+        step = state["step"]
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, step {step} of {args.steps}")
+
+    windows = Windows(book_tokens(args.data, tok), tok, args.context, args.task_share, args.sizes, args.seed + step)
+    batches = iter(
+        torch.utils.data.DataLoader(windows, batch_size=args.batch, num_workers=args.workers, pin_memory=device == "cuda")
+    )
+    forward = torch.compile(model) if device == "cuda" else model
+    start, first, books_only = time.time(), step, []
+    while step < args.steps and time.time() - start < args.minutes * 60:
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = args.lr * learning_rate(step, args)
+        idx, targets = (x.to(device, non_blocking=True) for x in next(batches))
+        with torch.autocast(device, dtype=torch.bfloat16):
+            logits = forward(idx)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        step += 1
+        if step % args.log_every == 0:
+            rate = (step - first) * idx.numel() / (time.time() - start)
+            print(f"step {step} loss {loss.item():.3f} {rate:.0f} tokens/s {time.time() - start:.0f} s", flush=True)
+    state = {"model": model.state_dict(), "opts": [opt.state_dict() for opt in opts], "step": step}
+    torch.save(state, args.state)
+    torch.save(
+        {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}, args.out / "consolidated.00.pth"
+    )
+    (args.out / "params.json").write_text(json.dumps(params) + "\n")
+
+
+@torch.inference_mode()
+def evaluate(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tok = Tokenizer.from_checkpoint(args.out)
+    model = Llama.from_checkpoint(args.out, device=device)
+    context = model.config.max_seq_len
+    nats = total_bytes = 0
+    for book in read_books(args.data / "heldout.txt.xz"):
+        ids = tok.encode(book)
+        for start in range(0, len(ids), context - 1):
+            window = torch.tensor([[tok.bos, *ids[start : start + context - 1]]], device=device)
+            nats += F.cross_entropy(model(window)[0, :-1].float(), window[0, 1:], reduction="sum").item()
+        total_bytes += len(book.encode())
+    print(
+        f"held-out books: {nats / math.log(2) / total_bytes:.4f} bits per byte over {total_bytes} bytes, windows of {context}"
+    )
+
+    # Full attention, free-running: half of the questions stand behind book text, half behind another task.
+    rng, front = random.Random(args.seed), tok.encode(read_books(args.data / "heldout.txt.xz")[0])
+    for name, task in TASKS.items():
+        right = total = 0
+        for i in range(args.questions):
+            question, answer = (tok.encode(text) for text in task(rng, args.entries))
+            room = context - len(question) - len(answer) - 1
+            start = rng.randrange(len(front) - room)
+            other = tok.encode("".join(rng.choice(list(TASKS.values()))(rng, 32)))
+            before = front[start : start + min(room, 1024)] if i % 2 else other[:room]
+            idx = torch.tensor([[tok.bos, *before, *question]], device=device)
+            out = model.generate(idx, max_new_tokens=len(answer), retro=None, temperature=0)
+            got = tok.decode(out[0, idx.shape[1] :].tolist()).split("\n")
+            wanted = tok.decode(answer).rstrip("\n").split("\n")
+            right += sum(a == b for a, b in zip(got, wanted))
+            total += len(wanted)
+        print(f"{name}: {right} of {total} lines exactly right ({right / total:.1%}), {args.entries} entries")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["tokenizer", "train", "evaluate"])
+    parser.add_argument("--data", type=Path, required=True, help="folder of train*.txt.xz and heldout.txt.xz")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="the checkpoint's folder")
+    parser.add_argument("--state", type=Path, default=Path("train_state.pt"), help="a run's weights, optimizers and step")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="256 special tokens included")
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--n_layer", type=int, default=10)
+    parser.add_argument("--n_head", type=int, default=6)
+    parser.add_argument("--n_kv_head", type=int, default=2)
+    parser.add_argument("--context", type=int, default=4096, help="tokens a window")
+    parser.add_argument("--batch", type=int, default=48, help="windows a step")
+    parser.add_argument("--steps", type=int, default=8000, help="of the whole run, over all its pieces")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop this piece after so long; the same command goes on")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--warmup", type=int, default=100, help="steps")
+    parser.add_argument("--decay", type=float, default=0.5, help="share of the run over which the rate falls to zero")
+    parser.add_argument("--task_share", type=float, default=0.2, help="share of windows with tasks")
+    parser.add_argument("--sizes", type=int, nargs=2, default=(8, 128), help="entries of a task")
+    parser.add_argument("--workers", type=int, default=8, help="processes that make windows")
+    parser.add_argument("--log_every", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--questions", type=int, default=20, help="a task, in evaluate")
+    parser.add_argument("--entries", type=int, default=64, help="a question, in evaluate")
+    args = parser.parse_args()
+    {"tokenizer": train_tokenizer, "train": train, "evaluate": evaluate}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
