@@ -124,8 +124,11 @@ def _read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: not a readable PyTorch file of weights ({type(error).__name__})") from None
-    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
-        raise ValueError(f"{path}: a dictionary of tensors was expected")
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point() and w.layout == torch.strided
+        for name, w in weights.items()
+    ):
+        raise ValueError(f"{path}: a dictionary of tensors was expected, names to dense floating-point numbers")
     weights.pop("rope.freqs", None)  # in Meta's older files; we compute it
     return weights
 
@@ -154,6 +157,9 @@ class LlamaConfig:
         for name in ("dim", "n_layer", "n_head", "n_kv_head", "vocab_size", "ffn_dim", "max_seq_len"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, not {getattr(self, name)!r}")
+        for name in ("norm_eps", "rope_theta"):
+            if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be a number > 0, not {getattr(self, name)!r}")
         if self.dim % self.n_head or self.n_head % self.n_kv_head or self.head_size % 2:
             raise ValueError(
                 f"dim {self.dim} must be an even multiple of n_head {self.n_head}, and that a multiple of n_kv_head {self.n_kv_head}"
@@ -165,12 +171,15 @@ class LlamaConfig:
 
     @classmethod
     def from_params(cls, params: dict, tie_embeddings: bool = False) -> "LlamaConfig":
-        """From the keys of Meta's params.json. ValueError names a key that is missing."""
-        missing = [key for key in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of") if key not in params]
-        if missing:
-            raise ValueError(f"params.json: {', '.join(missing)} missing")
+        """From the keys of Meta's params.json. ValueError names a key that is missing or out of range."""
+        for key in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of"):
+            if not isinstance(params.get(key), int) or params[key] < 1:
+                raise ValueError(f"params.json: {key} must be an integer >= 1, not {params.get(key, 'missing')!r}")
+        multiplier = params.get("ffn_dim_multiplier", 1)
+        if not isinstance(multiplier, (int, float)) or not multiplier > 0:
+            raise ValueError(f"params.json: ffn_dim_multiplier must be a number > 0, not {multiplier!r}")
         # Meta's rule for SwiGLU: two thirds of 4*dim, times a multiplier, rounded up to a multiple.
-        ffn_dim = int(params.get("ffn_dim_multiplier", 1) * int(8 * params["dim"] / 3))
+        ffn_dim = int(multiplier * int(8 * params["dim"] / 3))
         ffn_dim = math.ceil(ffn_dim / params["multiple_of"]) * params["multiple_of"]
         scaled = params.get("use_scaled_rope", False)
         return cls(
@@ -334,8 +343,8 @@ class Llama(nn.Module):
     ) -> torch.Tensor:
         """Continues (B, T) ids by up to `max_new_tokens` -> (B, T + n); `retro=None` attends densely, temperature 0 is greedy.
 
-        n is less where the context ends or every sequence has met a stop token (which then fills its row). Same seed, same
-        text. ValueError names a value that is out of range.
+        n is less where the context ends or every sequence has met a stop token; one that ended before the others is filled
+        with the first of `stop_tokens`. Same seed, same text. ValueError names a value that is out of range.
         """
         B, T = idx.shape
         decoder = Decoder(self, B, retro, max_seq_len=min(T + max(1, max_new_tokens), self.config.max_seq_len))

@@ -47,14 +47,14 @@ class RetroConfig:
                 raise ValueError(f"{name} must be an integer >= {least}, not {value!r}")
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two, not {self.page_size}")
-        if not 0 < self.budget <= 1:
-            raise ValueError(f"budget must be in (0, 1], not {self.budget}")
+        if not isinstance(self.budget, (int, float)) or not 0 < self.budget <= 1:
+            raise ValueError(f"budget must be in (0, 1], not {self.budget!r}")
         if self.impl not in ("auto", "torch", "triton"):
             raise ValueError(f"impl must be auto, torch or triton, not {self.impl!r}")
 
     @property
     def budget_ratio(self) -> tuple[int, int]:
-        """The budget as it was written, 0.3 as 3 / 10, so that 0.3 of 10 pages is 3 and not 4."""
+        """The budget as it was written, 0.07 as 7 / 100: then 0.07 of 100 pages is 7, where floats come to 7.000000000000001."""
         ratio = Fraction(str(self.budget)).limit_denominator(1_000_000)
         return ratio.numerator, ratio.denominator
 
@@ -76,6 +76,7 @@ class RetroConfig:
 class LayerCache:
     """All that one layer remembers. A dense layer has no bounds, no exposure table and no output cache: None."""
 
+    config: RetroConfig
     k: torch.Tensor  # (B, n_kv_head, P, ps, hs) rotated keys: one head's pages lie together
     v: torch.Tensor  # (B, n_kv_head, P, ps, hs)
     k_min: torch.Tensor | None  # (B, n_kv_head, P, hs) element-wise minimum of a page's keys
@@ -96,8 +97,9 @@ def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_se
     like = {"device": device, "dtype": dtype}
     kv = [torch.empty(B, n_kv_head, P, config.page_size, hs, **like) for _ in range(2)]
     if dense:
-        return LayerCache(*kv, None, None, None, None, None, None)
+        return LayerCache(config, *kv, None, None, None, None, None, None)
     return LayerCache(
+        config,
         *kv,
         k_min=torch.empty(B, n_kv_head, P, hs, **like),
         k_max=torch.empty(B, n_kv_head, P, hs, **like),
@@ -172,14 +174,14 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
 # 3. select
 
 
-def select(scores: torch.Tensor, cache: LayerCache, config: RetroConfig, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The pages that this step loads, ascending, and the step at which each was loaded before: two of (B, n_kv_head, S) int32.
 
     The window's own pages are always among them (their keys are being rewritten); ties go to the lower page. Then the exposure
     table says t for the selected pages. `scores` (B, n_kv_head, pages held) is overwritten.
     """
-    W, ps = config.window, config.page_size
-    S = config.pages_selected(int(t))
+    W, ps = cache.config.window, cache.config.page_size
+    S = cache.config.pages_selected(int(t))
     scores[..., max(0, int(t) - W + 1) // ps :] = torch.inf
     # sort and not topk, which may return any of several equal pages
     pages = scores.sort(dim=-1, descending=True, stable=True).indices[..., :S].sort(dim=-1).values  # (B, n_kv_head, S)
@@ -326,6 +328,6 @@ class RetroAttention:
         pages = stamps = None
         q = ops.write(q, k, v, cos, sin, cache, t)
         if not self.dense:
-            pages, stamps = ops.select(ops.score(q, cache, t), cache, self.config, t)
+            pages, stamps = ops.select(ops.score(q, cache, t), cache, t)
         o, lse = ops.attend(q, cache, pages, stamps, t)
         return ops.combine(o, lse, cache, t)

@@ -1,0 +1,485 @@
+"""The Triton twin of each step of RetroAttention: same names, same signatures, same order as in `retro_attention.py`.
+
+    1. write    grid (B, n_head + n_kv_head)         a program rotates one head's rows; a KV head also stores and bounds them
+    2. score    grid (B * n_kv_head, blocks of P)    a scan of the page bounds
+    3. select   grid (B * n_kv_head,)                all scores of a KV head in registers: exact top-k, exposure table
+    4. attend   grid (splits, B * n_kv_head)         flash attention of W * G rows over a share of the selected pages
+    5. combine  grid (B * W * n_head,)               merges the splits and the output cache
+
+Below each function `step` that checks, allocates and launches stands its kernel `step_kernel`. Grids and shapes depend on the
+sizes of the cache and never on the position: `t` is loaded inside, so nothing waits for the device and a whole step can
+become a CUDA graph. What is stored behind position t is never read into a result.
+
+Bytes are counted for one layer and one step, e for the element size; "all" is B * n_kv_head.
+
+On a machine without a GPU, TRITON_INTERPRET=1 (set before Python starts) runs every kernel line by line in NumPy, with
+breakpoint() and print where you like. There, tl.dot is right in float32 and float16 and wrong in bfloat16.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from retro_attention import LayerCache, RetroConfig
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
+
+
+def check(q: torch.Tensor, cache: LayerCache) -> None:
+    """ValueError where the kernels cannot follow the reference."""
+    hs, dtype = q.shape[-1], q.dtype
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"impl triton: dtype must be float32, float16 or bfloat16, not {dtype}; impl torch takes any")
+    if hs < 16 or hs & (hs - 1):
+        raise ValueError(f"impl triton: head_size must be a power of two >= 16, not {hs}; impl torch takes any")
+    assert q.is_contiguous() and cache.k.is_contiguous() and cache.v.is_contiguous(), "q and the cache must be contiguous"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. write
+
+
+def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
+    """Rotates q and k, puts k and v of the window's rows into the cache, refreshes the touched bounds; returns the rotated q."""
+    check(q, cache)
+    assert k.is_contiguous() and v.is_contiguous() and cos.is_contiguous() and sin.is_contiguous(), "rows must be contiguous"
+    B, W, n_head, hs = q.shape
+    n_kv_head, P, ps = cache.k.shape[1:4]
+    q_rotated = torch.empty_like(q)
+    bounded = cache.k_min is not None
+    write_kernel[(B, n_head + n_kv_head)](
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        q_rotated,
+        cache.k,
+        cache.v,
+        cache.k_min,
+        cache.k_max,
+        t,
+        P,
+        n_head,
+        n_kv_head,
+        W=W,
+        ROWS=triton.next_power_of_2(W),
+        PS=ps,
+        HS=hs,
+        # W rows in a line touch so many pages at most
+        TOUCHED=(W + ps - 2) // ps + 1 if bounded else 0,
+    )
+    return q_rotated
+
+
+@triton.jit
+def rotate(x, cos, sin, ROWS: tl.constexpr, HS: tl.constexpr):
+    """RoPE of neighbouring pairs: x (ROWS, HS), cos and sin (ROWS, HS / 2)."""
+    x1, x2 = tl.split(x.to(tl.float32).reshape(ROWS, HS // 2, 2))
+    return tl.join(x1 * cos - x2 * sin, x1 * sin + x2 * cos).reshape(ROWS, HS)
+
+
+@triton.jit
+def write_kernel(
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    q_rotated,
+    cache_k,
+    cache_v,
+    k_min,
+    k_max,
+    t,
+    P,
+    n_head,
+    n_kv_head,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+    PS: tl.constexpr,
+    HS: tl.constexpr,
+    TOUCHED: tl.constexpr,
+):
+    """Reads W rows of q, k, v: B * W * (n_head + 2 n_kv_head) * hs * e bytes; writes as many, into q_rotated and the cache; and
+    reads the touched pages' keys and writes their bounds: all * TOUCHED * (ps + 2) * hs * e."""
+    b, head = tl.program_id(0), tl.program_id(1)
+    last = tl.load(t)
+    w = tl.arange(0, ROWS)  # (ROWS,) W of them are rows
+    i, half = tl.arange(0, HS), tl.arange(0, HS // 2)
+    position = last - W + 1 + w  # (ROWS,)
+    real = (w < W) & (position >= 0)  # (ROWS,)
+    angles = position[:, None] * (HS // 2) + half[None, :]  # (ROWS, HS / 2)
+    c = tl.load(cos + angles, mask=real[:, None], other=1.0).to(tl.float32)  # (ROWS, HS / 2)
+    s = tl.load(sin + angles, mask=real[:, None], other=0.0).to(tl.float32)  # (ROWS, HS / 2)
+
+    if head < n_head:
+        rows = ((b * W + w[:, None]) * n_head + head) * HS + i[None, :]  # (ROWS, HS)
+        x = tl.load(q + rows, mask=(w < W)[:, None], other=0.0)
+        tl.store(q_rotated + rows, rotate(x, c, s, ROWS, HS).to(x.dtype), mask=(w < W)[:, None])
+    else:
+        h = head - n_head
+        rows = ((b * W + w[:, None]) * n_kv_head + h) * HS + i[None, :]  # (ROWS, HS)
+        x = tl.load(k + rows, mask=real[:, None], other=0.0)
+        x = rotate(x, c, s, ROWS, HS).to(x.dtype)  # (ROWS, HS)
+        first_page = (b * n_kv_head + h).to(tl.int64) * P  # of this head
+        slots = first_page * PS * HS + position[:, None] * HS + i[None, :]  # (ROWS, HS)
+        tl.store(cache_k + slots, x, mask=real[:, None])
+        tl.store(cache_v + slots, tl.load(v + rows, mask=real[:, None], other=0.0), mask=real[:, None])
+
+        # Bounds: the window's keys are at hand, only the page's earlier ones are read (no barrier after the store above).
+        offset = tl.arange(0, PS)
+        page = tl.maximum(last - W + 1, 0) // PS
+        for _ in tl.static_range(TOUCHED):
+            earlier = page * PS + offset  # (PS,) positions
+            known = (earlier < last - W + 1)[:, None]  # (PS, 1)
+            keys = tl.load(cache_k + first_page * PS * HS + earlier[:, None] * HS + i[None, :], mask=known, other=0.0)
+            inside = (real & (position // PS == page))[:, None]  # (ROWS, 1)
+            low = tl.min(tl.where(known, keys, float("inf")).to(tl.float32), axis=0)  # (HS,)
+            low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")).to(tl.float32), axis=0))
+            high = tl.max(tl.where(known, keys, float("-inf")).to(tl.float32), axis=0)  # (HS,)
+            high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")).to(tl.float32), axis=0))
+            bound = (first_page + page) * HS + i  # (HS,)
+            if page * PS <= last:
+                tl.store(k_min + bound, low.to(x.dtype))
+                tl.store(k_max + bound, high.to(x.dtype))
+            page += 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. score
+
+
+def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
+    """Quest's bound for the newest row, summed over the group -> (B, n_kv_head, P) float32; pages not yet held are left as they are."""
+    B, W, n_head, hs = q.shape
+    n_kv_head, P, ps = cache.k.shape[1:4]
+    scores = torch.empty(B, n_kv_head, P, device=q.device, dtype=torch.float32)
+    PAGES = 32
+    score_kernel[(B * n_kv_head, triton.cdiv(P, PAGES))](
+        q, cache.k_min, cache.k_max, scores, t, P, n_kv_head, W=W, G=n_head // n_kv_head, PS=ps, HS=hs, PAGES=PAGES
+    )
+    return scores
+
+
+@triton.jit
+def score_kernel(
+    q,
+    k_min,
+    k_max,
+    scores,
+    t,
+    P,
+    n_kv_head,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    PS: tl.constexpr,
+    HS: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    """Reads the bounds of the pages held: all * pages * 2 * hs * e bytes; writes all * pages * 4."""
+    bh = tl.program_id(0).to(tl.int64)
+    b, h = bh // n_kv_head, bh % n_kv_head
+    held = tl.load(t) // PS + 1
+    page = tl.program_id(1) * PAGES + tl.arange(0, PAGES)  # (PAGES,)
+    if tl.program_id(1) * PAGES < held:
+        i = tl.arange(0, HS)
+        up = tl.zeros([HS], dtype=tl.float32)  # what meets the upper bounds: the positive parts of the group's queries
+        down = tl.zeros([HS], dtype=tl.float32)
+        for g in tl.static_range(G):
+            x = tl.load(q + ((b * W + W - 1) * n_kv_head * G + h * G + g) * HS + i).to(tl.float32)  # (HS,)
+            up += tl.maximum(x, 0.0)
+            down += tl.minimum(x, 0.0)
+        tile = (bh * P + page[:, None]) * HS + i[None, :]  # (PAGES, HS)
+        high = tl.load(k_max + tile, mask=(page < held)[:, None], other=0.0).to(tl.float32)
+        low = tl.load(k_min + tile, mask=(page < held)[:, None], other=0.0).to(tl.float32)
+        total = tl.sum(high * up[None, :] + low * down[None, :], axis=1)  # (PAGES,)
+        tl.store(scores + bh * P + page, total, mask=page < held)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. select
+
+
+def budget_of(config: RetroConfig) -> dict[str, int]:
+    """What `pages_selected` needs of a configuration."""
+    share, whole = config.budget_ratio
+    floor = triton.cdiv(config.min_tokens, config.page_size)
+    return {"SHARE": share, "WHOLE": whole, "FLOOR": floor, "W": config.window, "PS": config.page_size}
+
+
+@triton.jit
+def pages_selected(t, SHARE: tl.constexpr, WHOLE: tl.constexpr, FLOOR: tl.constexpr, W: tl.constexpr, PS: tl.constexpr):
+    """`RetroConfig.pages_selected` on the device; SHARE / WHOLE is the budget, FLOOR the least number of pages."""
+    held = t // PS + 1
+    share = (held * SHARE + WHOLE - 1) // WHOLE  # 64 bits, as t
+    in_window = t // PS - tl.maximum(t - W + 1, 0) // PS + 1
+    return tl.minimum(held, tl.maximum(tl.maximum(share, in_window), FLOOR))
+
+
+def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top pages and the steps at which they were last loaded, two of (B, n_kv_head, S) int32. S is the most that any position
+    needs: the first `pages_selected(t)` entries are written, the others are left as they are. Then the exposure table says t."""
+    B, n_kv_head, P = scores.shape
+    S = cache.config.most_pages_selected(P * cache.config.page_size)
+    pages, stamps = (torch.empty(B, n_kv_head, S, device=scores.device, dtype=torch.int32) for _ in range(2))
+    N = triton.next_power_of_2(P)
+    select_kernel[(B * n_kv_head,)](
+        scores,
+        cache.last_loaded,
+        cache.exposure,
+        pages,
+        stamps,
+        t,
+        P,
+        S,
+        **budget_of(cache.config),
+        N=N,
+        num_warps=min(32, max(4, N // 256)),
+    )
+    return pages, stamps
+
+
+@triton.jit
+def select_kernel(
+    scores,
+    last_loaded,
+    exposure,
+    pages,
+    stamps,
+    t,
+    P,
+    S,
+    SHARE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    W: tl.constexpr,
+    PS: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Reads all * pages * 4 bytes of scores and all * S * 4 of stamps; writes all * S * 12."""
+    bh = tl.program_id(0).to(tl.int64)
+    last = tl.load(t)
+    held = last // PS + 1
+    count = pages_selected(last, SHARE, WHOLE, FLOOR, W, PS)
+    page = tl.arange(0, N)  # (N,)
+    x = tl.load(scores + bh * P + page, mask=page < held, other=0.0)  # (N,)
+    # Integers in the order of the scores: a positive float's bits rise with it, a negative one's fall. -0.0 counts as 0.0.
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
+    key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
+    key = tl.where(page >= tl.maximum(last - W + 1, 0) // PS, 0xFFFFFFFF, key).to(tl.uint32)  # the window's pages come first
+    key = tl.where(page < held, key, 0).to(tl.uint32)  # and those not held never
+
+    # The largest threshold that at least `count` keys reach is the count-th largest key: found from its highest bit down.
+    threshold = tl.full([], 0, dtype=tl.uint32)
+    bit = tl.full([], 0x80000000, dtype=tl.uint32)
+    for _ in range(32):
+        reached = tl.sum((key >= (threshold | bit)).to(tl.int32), axis=0)
+        threshold = tl.where(reached >= count, threshold | bit, threshold)
+        bit = bit >> 1
+    above = key > threshold
+    tied = (key == threshold) & (page < held)
+    room = count - tl.sum(above.to(tl.int32), axis=0)
+    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))  # of equal keys, the lower pages
+    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1  # (N,) ascending pages
+
+    stamp = tl.load(last_loaded + bh * P + page, mask=chosen, other=0)  # (N,)
+    tl.store(pages + bh * S + slot, page, mask=chosen)
+    tl.store(stamps + bh * S + slot, stamp, mask=chosen)
+    tl.store(last_loaded + bh * P + page, last.to(tl.int32), mask=chosen)
+
+    first_sights = tl.zeros([N], dtype=tl.int32)
+    for back in tl.static_range(1, W):
+        past = last - back  # a past row's position
+        first_sights += (chosen & (page * PS <= past) & (stamp < past)).to(tl.int32)
+    tl.store(exposure + bh * 2, tl.load(exposure + bh * 2) + count)
+    tl.store(exposure + bh * 2 + 1, tl.load(exposure + bh * 2 + 1) + tl.sum(first_sights, axis=0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. attend
+
+
+def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tensor | None, t: torch.Tensor):
+    """Attention of all rows over the selected pages, each row over what it may see and has not seen; without `pages` over all
+    that are held. One part a split: o (splits, B, W, n_head, hs), lse (splits, B, W, n_head) float32."""
+    B, W, n_head, hs = q.shape
+    n_kv_head, P, ps = cache.k.shape[1:4]
+    S = P if pages is None else pages.shape[2]
+    KEYS = 64
+    # Enough programs to fill the GPU twice, but none with less than a tile of keys to read.
+    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+    splits = max(1, min(triton.cdiv(programs, B * n_kv_head), triton.cdiv(S * ps, KEYS)))
+    o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
+    lse = torch.empty(splits, B, W, n_head, device=q.device, dtype=torch.float32)
+    G = n_head // n_kv_head
+    attend_kernel[(splits, B * n_kv_head)](
+        q,
+        cache.k,
+        cache.v,
+        pages,
+        stamps,
+        o,
+        lse,
+        t,
+        P,
+        S,
+        n_kv_head,
+        hs**-0.5,
+        DENSE=pages is None,
+        **budget_of(cache.config),
+        G=G,
+        ROWS=max(16, triton.next_power_of_2(W * G)),  # tl.dot wants 16 rows at least
+        HS=hs,
+        KEYS=KEYS,
+        num_stages=3,
+    )
+    return o, lse
+
+
+@triton.jit
+def attend_kernel(
+    q,
+    cache_k,
+    cache_v,
+    pages,
+    stamps,
+    o,
+    lse,
+    t,
+    P,
+    S,
+    n_kv_head,
+    scale,
+    DENSE: tl.constexpr,
+    SHARE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    W: tl.constexpr,
+    PS: tl.constexpr,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    HS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Reads the selected pages once for all W * G rows: all * S * ps * 2 * hs * e bytes; writes splits * B * W * n_head *
+    (hs + 1) * 4."""
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // n_kv_head, bh % n_kv_head
+    last = tl.load(t)
+    r, i, n = tl.arange(0, ROWS), tl.arange(0, HS), tl.arange(0, KEYS)
+    w = r // G  # (ROWS,) window row w and query head h * G + r % G
+    row = (b * W + w) * n_kv_head * G + h * G + r % G  # (ROWS,) in (B, W, n_head)
+    p = last - W + 1 + w  # (ROWS,) its position
+    x = tl.load(q + row[:, None] * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
+
+    # This split's share of the page list, in whole pages.
+    total = last // PS + 1 if DENSE else pages_selected(last, SHARE, WHOLE, FLOOR, W, PS)
+    share = (total + splits - 1) // splits
+    start, end = split * share, tl.minimum((split + 1) * share, total)
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)  # running maximum of the scores, base 2
+    norm = tl.zeros([ROWS], dtype=tl.float32)  # running sum of exp2(score - top)
+    acc = tl.zeros([ROWS, HS], dtype=tl.float32)  # running sum of exp2(score - top) * v
+    for first in range(start * PS, end * PS, KEYS):
+        slot = (first + n) // PS  # (KEYS,) places in the page list
+        if DENSE:
+            page = slot
+            stamp = tl.full([KEYS], -1, dtype=tl.int32)
+        else:
+            page = tl.load(pages + bh * S + slot, mask=slot < end, other=0)  # (KEYS,)
+            stamp = tl.load(stamps + bh * S + slot, mask=slot < end, other=0)  # (KEYS,)
+        j = page * PS + (first + n) % PS  # (KEYS,) positions of the keys
+        held = (slot < end) & (j <= last)
+        kv = (bh * P * PS + j)[:, None] * HS + i[None, :]  # (KEYS, HS)
+        keys = tl.load(cache_k + kv, mask=held[:, None], other=0.0)  # (KEYS, HS)
+        s = tl.dot(x, keys.T, input_precision="ieee") * (scale * LOG2E)  # (ROWS, KEYS)
+        visible = held[None, :] & (j[None, :] <= p[:, None]) & (stamp[None, :] < p[:, None])  # (ROWS, KEYS)
+        s = tl.where(visible, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1))  # (ROWS,)
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet: exp2(-inf - 0) = 0
+        weight = tl.exp2(s - finite[:, None])  # (ROWS, KEYS)
+        rescale = tl.exp2(top - finite)  # (ROWS,)
+        norm = norm * rescale + tl.sum(weight, axis=1)
+        values = tl.load(cache_v + kv, mask=held[:, None], other=0.0)  # (KEYS, HS)
+        acc = acc * rescale[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+        top = new_top
+
+    seen = norm > 0
+    part = split.to(tl.int64) * (tl.num_programs(1) // n_kv_head) * W * n_kv_head * G + row  # (ROWS,) in (splits, B, W, n_head)
+    result = acc / tl.where(seen, norm, 1.0)[:, None]  # (ROWS, HS)
+    total_lse = tl.where(seen, (top + tl.log2(tl.where(seen, norm, 1.0))) / LOG2E, float("-inf"))  # (ROWS,)
+    tl.store(o + part[:, None] * HS + i[None, :], result, mask=(w < W)[:, None])
+    tl.store(lse + part, total_lse, mask=w < W)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. combine
+
+
+def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
+    """Merges the splits with each other and with the output cache, in place; returns (B, W, n_head, hs) in the model's dtype."""
+    splits, B, W, n_head, hs = o.shape
+    merged = torch.empty(B, W, n_head, hs, device=o.device, dtype=cache.k.dtype)
+    combine_kernel[(B * W * n_head,)](
+        o,
+        lse,
+        cache.out,
+        cache.lse,
+        merged,
+        t,
+        splits,
+        n_head,
+        CACHED=cache.out is not None,
+        W=W,
+        SPLITS=triton.next_power_of_2(splits),
+        HS=hs,
+    )
+    return merged
+
+
+@triton.jit
+def combine_kernel(
+    o,
+    lse,
+    cache_out,
+    cache_lse,
+    merged,
+    t,
+    splits,
+    n_head,
+    CACHED: tl.constexpr,
+    W: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HS: tl.constexpr,
+):
+    """Reads (splits + 1) * B * W * n_head * (hs + 1) * 4 bytes; writes B * W * n_head * ((hs + 1) * 4 + hs * e)."""
+    row = tl.program_id(0).to(tl.int64)  # in (B, W, n_head)
+    head, w, b = row % n_head, row // n_head % W, row // (n_head * W)
+    i, split = tl.arange(0, HS), tl.arange(0, SPLITS)
+    part = split * tl.num_programs(0) + row  # (SPLITS,) in (splits, B, W, n_head)
+    part_lse = tl.load(lse + part, mask=split < splits, other=float("-inf"))  # (SPLITS,)
+    top = tl.max(part_lse, axis=0)
+    if CACHED:
+        # Position p has slot p % W, and p = t - W + 1 + w. The newest row's slot is that of the row which leaves: pop.
+        slot = (b * W + (tl.load(t) + 1 + w) % W) * n_head + head
+        seen_lse = tl.where(w < W - 1, tl.load(cache_lse + slot), float("-inf"))
+        seen_out = tl.load(cache_out + slot * HS + i)  # (HS,)
+        top = tl.maximum(top, seen_lse)
+    finite = tl.where(top == float("-inf"), 0.0, top)  # nothing seen at all: every weight is exp(-inf - 0) = 0
+
+    weight = tl.exp2((part_lse - finite) * LOG2E)  # (SPLITS,)
+    parts = tl.load(o + part[:, None] * HS + i[None, :], mask=(split < splits)[:, None], other=0.0)  # (SPLITS, HS)
+    norm = tl.sum(weight, axis=0)
+    result = tl.sum(weight[:, None] * parts, axis=0)  # (HS,)
+    if CACHED:
+        seen_weight = tl.exp2((seen_lse - finite) * LOG2E)
+        norm += seen_weight
+        result += seen_weight * seen_out
+    some = norm > 0
+    result = result / tl.where(some, norm, 1.0)
+    tl.store(merged + row * HS + i, result.to(merged.dtype.element_ty))
+    if CACHED:  # update the past rows, push the newest
+        total = tl.where(some, finite + tl.log2(tl.where(some, norm, 1.0)) / LOG2E, float("-inf"))
+        tl.store(cache_lse + slot, total)
+        tl.store(cache_out + slot * HS + i, result)

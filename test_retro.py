@@ -1,0 +1,952 @@
+"""What must hold for RetroAttention, checked in float64 against oracles that share no code with the module.
+
+`oracle` decodes a whole model from the paper's text in plain numpy: no pages in memory, no output cache, no log-sum-exp.
+For every row it keeps the set of key positions that the row has seen, and the sums of exp(q.k) and of exp(q.k) v over them,
+taken when each key was first seen. Two outputs over disjoint key sets are then merged by adding; no step is shared with
+`retro_attention.py`. Run it with: pytest -q test_retro.py
+"""
+
+import base64
+import copy
+import json
+import math
+import os
+import zipfile
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
+
+import retro_attention
+from model import Decoder, Llama, LlamaConfig, Tokenizer, rope_table, sample_token
+from retro_attention import RetroAttention, RetroConfig, apply_rope, attend, merge, score, store
+
+TINY = Path(__file__).parent / "tiny"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPARSE = RetroConfig(page_size=8, budget=0.2, min_tokens=16, window=4, dense_layers=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The oracle
+
+
+def rope_frequencies(config):
+    """Radians a token of each pair, with Llama 3.1's scaling as its three cases: short, long and middling wavelengths."""
+    result = []
+    for i in range(0, config.head_size, 2):
+        freq = config.rope_theta ** (-i / config.head_size)
+        wavelength = 2 * math.pi / freq
+        if config.rope_scaling is not None and wavelength > 8192 / 4:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            long = freq / config.rope_scaling
+            freq = long if wavelength > 8192 else (1 - smooth) * long + smooth * freq
+        result.append(freq)
+    return np.array(result)
+
+
+def rotate(x, positions, config):
+    """x (B, rows, heads, hs): each pair of neighbours is a complex number, turned by position * frequency."""
+    turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * np.outer(positions, rope_frequencies(config)))[:, None]
+    return np.stack((turned.real, turned.imag), axis=-1).reshape(x.shape)
+
+
+def rms_norm(x, weight, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def swiglu(x, w, name):
+    gate = x @ w[name + "w1.weight"].T
+    return (gate / (1 + np.exp(-gate)) * (x @ w[name + "w3.weight"].T)) @ w[name + "w2.weight"].T
+
+
+def pages_to_load(retro, t):
+    """How many pages a KV head loads (the ceiling exact in decimal), how many there are, which ones the window touches."""
+    held = len(range(0, t + 1, retro.page_size))
+    window = {position // retro.page_size for position in range(max(0, t - retro.window + 1), t + 1)}
+    floor = math.ceil(retro.min_tokens / retro.page_size)
+    return min(held, max(floor, math.ceil(Decimal(str(retro.budget)) * held), len(window))), held, window
+
+
+def load(q, k, retro, t):
+    """Quest's choice for the newest query q (B, n_kv_head, G, hs): the keys loaded, (B, n_kv_head, t + 1) bool."""
+    count, held, window = pages_to_load(retro, t)
+    loaded = np.zeros(k.shape[:2] + (t + 1,), bool)
+    bounds = []
+    for j in range(held):
+        page = k[:, :, j * retro.page_size : min((j + 1) * retro.page_size, t + 1)]
+        low, high = page.min(2)[:, :, None], page.max(2)[:, :, None]  # (B, n_kv_head, 1, hs)
+        bounds.append(np.maximum(q * low, q * high).sum((2, 3)))  # over the hs elements and the group's query heads
+    for b, h in np.ndindex(*k.shape[:2]):
+        order = sorted(range(held), key=lambda j: (j not in window, -bounds[j][b, h], j))
+        for j in order[:count]:
+            loaded[b, h, j * retro.page_size : (j + 1) * retro.page_size] = True
+    return loaded
+
+
+def oracle_attend(q, s, rows, retro, dense):
+    """One layer: rows' queries q (B, n_kv_head, G, rows, hs) see the keys that are loaded, causal and new to them."""
+    t = rows[-1]
+    causal = np.arange(t + 1) <= rows[:, None]  # (rows, keys)
+    new = np.broadcast_to(causal, s.k.shape[:2] + causal.shape).copy()
+    if dense:
+        s.num[:, :, :, rows], s.den[:, :, :, rows], s.seen[:, :, rows] = 0, 0, False
+    else:
+        new &= load(q[:, :, :, -1], s.k, retro, t)[:, :, None] & ~s.seen[:, :, rows, : t + 1]
+        starts = range(0, t + 1, retro.page_size)
+        s.sights += np.logical_or.reduceat(new[:, :, :-1], starts, axis=3).sum((2, 3)) if len(rows) > 1 else 0
+    e = np.exp(np.einsum("bhgrd,bhkd->bhgrk", q, s.k[:, :, : t + 1]) / math.sqrt(q.shape[-1])) * new[:, :, None]
+    s.num[:, :, :, rows] += e @ s.v[:, :, None, : t + 1]
+    s.den[:, :, :, rows] += e.sum(-1)
+    s.seen[:, :, rows, : t + 1] |= new
+    return s.num[:, :, :, rows] / s.den[:, :, :, rows, None]
+
+
+def oracle(model, retro, tokens, prompt_len):
+    """Teacher-forced decoding of (B, T) tokens: logits behind positions prompt_len-1 .. T-1, and each layer's state."""
+    c, w, tokens = model.config, {n: p.double().numpy() for n, p in model.state_dict().items()}, tokens.numpy()
+    (B, T), heads, hs = tokens.shape, (c.n_kv_head, c.n_head // c.n_kv_head), c.head_size
+    layers = [
+        SimpleNamespace(
+            k=np.zeros((B, c.n_kv_head, T, hs)), v=np.zeros((B, c.n_kv_head, T, hs)), num=np.zeros((B, *heads, T, hs)),
+            den=np.zeros((B, *heads, T)), seen=np.zeros((B, c.n_kv_head, T, T), bool), sights=np.zeros((B, c.n_kv_head), int),
+        )
+        for _ in range(c.n_layer)
+    ]  # fmt: skip
+    logits = []
+    for t in range(prompt_len - 1, T):
+        prefill = t < prompt_len
+        rows = np.arange(0 if prefill else max(0, t - retro.window + 1), t + 1)
+        x = w["tok_embeddings.weight"][tokens[:, rows]]  # (B, rows, dim): past rows start from their ids again
+        for i, s in enumerate(layers):
+            name = f"layers.{i}."
+            y = rms_norm(x, w[name + "attention_norm.weight"], c.norm_eps)
+            q, k, v = ((y @ w[f"{name}attention.w{m}.weight"].T).reshape(B, len(rows), -1, hs) for m in "qkv")
+            q = rotate(q, rows, c).reshape(B, len(rows), *heads, hs).transpose(0, 2, 3, 1, 4)
+            s.k[:, :, rows], s.v[:, :, rows] = rotate(k, rows, c).swapaxes(1, 2), v.swapaxes(1, 2)
+            o = oracle_attend(q, s, rows, retro, prefill or i < retro.dense_layers)
+            x = x + o.transpose(0, 3, 1, 2, 4).reshape(B, len(rows), -1) @ w[name + "attention.wo.weight"].T
+            x = x + swiglu(rms_norm(x, w[name + "ffn_norm.weight"], c.norm_eps), w, name + "feed_forward.")
+        head = w["tok_embeddings.weight" if c.tie_embeddings else "output.weight"]
+        logits.append(rms_norm(x[:, -1], w["norm.weight"], c.norm_eps) @ head.T)
+    return np.stack(logits, 1), layers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def random_model(n_head=6, n_kv_head=2, hs=32, n_layer=3, max_seq_len=256, seed=0, **kwargs):
+    """A small random model in float64 whose attention is sharp enough for the choice of pages to matter."""
+    torch.manual_seed(seed)
+    config = dict(dim=n_head * hs, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, vocab_size=61, ffn_dim=96)
+    model = Llama(LlamaConfig(**{**config, "max_seq_len": max_seq_len, "rope_theta": 1000.0, **kwargs})).double()
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+        elif name.endswith(("wq.weight", "wk.weight", "wv.weight")):
+            p.data *= 3
+    model.set_rope()
+    return model.eval().requires_grad_(False)
+
+
+def random_tokens(B, T, seed=0):
+    return torch.randint(61, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def start(model, retro, tokens, prompt_len, fill=math.nan):
+    """A decoder behind its prefill. All memory of its caches held `fill` before: nothing may depend on it."""
+    decoder = Decoder(model, len(tokens), retro, max_seq_len=min(model.config.max_seq_len, tokens.shape[1] + 40))
+    for layer in decoder.layers:
+        for x in (layer.cache.k, layer.cache.v, layer.cache.k_min, layer.cache.k_max):
+            if x is not None:
+                x.fill_(fill)
+    return decoder, decoder.prefill(tokens[:, :prompt_len])
+
+
+def decode(model, retro, tokens, prompt_len, fill=math.nan):
+    """The same as `oracle`, by the module: logits (B, T - prompt_len + 1, vocab) and the decoder."""
+    decoder, first = start(model, retro, tokens, prompt_len, fill)
+    return torch.stack([first] + [decoder.step(tokens[:, i]) for i in range(prompt_len, tokens.shape[1])], 1), decoder
+
+
+def new_layer(retro, q, k, max_seq_len=128):
+    """One sparse layer of RetroAttention for the shapes of q (B, T, n_head, hs) and k (B, T, n_kv_head, hs)."""
+    return RetroAttention(
+        retro, dense=False, batch_size=len(q), n_head=q.shape[2], n_kv_head=k.shape[2], head_size=q.shape[3],
+        max_seq_len=max_seq_len, device="cpu", dtype=q.dtype,
+    )  # fmt: skip
+
+
+def random_qkv(B=2, T=75, n_head=6, n_kv_head=2, hs=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, T, n, hs, generator=generator, dtype=torch.float64) * 1.5 for n in (n_head, n_kv_head, n_kv_head)]
+
+
+def run_layer(retro, q, k, v, prompt_len):
+    """One layer with q, k, v held fixed for each position, unrotated: yields (t, outputs (B, W, n_head, hs), layer)."""
+    layer = new_layer(retro, q, k)
+    cos, sin = torch.ones(128, q.shape[3] // 2).double(), torch.zeros(128, q.shape[3] // 2).double()
+    layer.prefill(q[:, :prompt_len], k[:, :prompt_len], v[:, :prompt_len])
+    for t in range(prompt_len, q.shape[1]):
+        rows = (torch.arange(retro.window) + t - retro.window + 1).clamp(min=0)
+        yield t, layer.decode(q[:, rows], k[:, rows], v[:, rows], cos, sin, torch.tensor(t)), layer
+
+
+def softmax_over(q, k, v, keys):
+    """Attention of one query q (hs) over the positions `keys` of k, v (T, hs): output and log of the sum of exp."""
+    e = np.exp(k.numpy()[keys] @ q.numpy() / math.sqrt(len(q)))
+    return e @ v.numpy()[keys] / e.sum(), math.log(e.sum())
+
+
+def close(a, b, tol):
+    """Element by element, absolutely; NaN is close to nothing but NaN."""
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tol)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps 1-3: bounds, score, selection
+
+
+def test_bounds_hold_and_are_tight_after_every_overwriting_step():
+    """Invariant 1. Guards against running minima that cannot shrink again, and unwritten keys inside the bounds."""
+    model, tokens = random_model(), random_tokens(2, 60)
+    decoder, _ = start(model, SPARSE, tokens, 21)
+    for t in range(21, 60):
+        decoder.step(tokens[:, t])
+        for layer in decoder.layers[1:]:
+            cache, q = layer.cache, torch.randn(2, 1, 6, 32, dtype=torch.float64)
+            keys = cache.k.flatten(2, 3)[:, :, : t + 1].numpy()
+            bounds = score(q, cache, torch.tensor(t))
+            total = np.zeros(bounds.shape)
+            for g in range(3):  # the query heads of a KV head: 0 .. 2 share the first
+                one = q[:, 0, g::3].numpy()  # (B, n_kv_head, hs)
+                for j in range(t // 8 + 1):
+                    page = keys[:, :, j * 8 : j * 8 + 8]
+                    close(cache.k_min[:, :, j], page.min(2), 0)
+                    close(cache.k_max[:, :, j], page.max(2), 0)
+                    bound = np.maximum(one * page.min(2), one * page.max(2)).sum(-1)
+                    assert (np.einsum("bhd,bhkd->bhk", one, page) <= bound[..., None] + 1e-12).all()
+                    total[:, :, j] += bound
+            close(bounds, total, 1e-12)
+
+
+def test_store_shrinks_the_bounds_when_a_key_is_overwritten():
+    """Invariant 1. A key of 100 is replaced by 1: the page's bounds must forget the 100, and other pages keep theirs."""
+    q, k, v = random_qkv(T=20)
+    cache = new_layer(SPARSE, q, k).cache
+    k[:, 17] = 100
+    store(k, v, cache, 19)
+    before = cache.k_max[:, :, :2].clone()
+    k[:, 17:] = 1
+    store(k[:, 17:], v[:, 17:], cache, 19)
+    close(cache.k_max[:, :, 2], k[:, 16:].amax(1), 0)
+    close(cache.k_min[:, :, 2], k[:, 16:].amin(1), 0)
+    assert torch.equal(cache.k_max[:, :, :2], before)
+
+
+def test_ties_go_to_the_lower_page_and_the_window_is_always_loaded():
+    """Guards against topk's free choice among equals, and an off-by-one in the pages that the window touches."""
+    q, k, v = random_qkv(T=100)
+    retro = RetroConfig(page_size=8, budget=0.3, min_tokens=16, window=4)
+    for t, _, layer in run_layer(retro, q, torch.zeros_like(k), v, prompt_len=30):
+        count, held, window = pages_to_load(retro, t)
+        others = [j for j in range(held) if j not in window]
+        expected = sorted(window) + others[: count - len(window)]
+        for loaded in layer.cache.last_loaded.flatten(0, 1) == t:
+            assert loaded.nonzero().flatten().tolist() == sorted(expected)
+
+
+def test_pages_selected_is_exact_in_decimal():
+    """0.07 * 100 pages is 7; in binary floating point it would be 8. Then the floor, the window's own pages, all pages."""
+    assert RetroConfig(page_size=16, budget=0.07, min_tokens=1).pages_selected(1599) == 7
+    assert RetroConfig(page_size=16, budget=0.3, min_tokens=1).pages_selected(159) == 3
+    assert RetroConfig(page_size=16, budget=0.01, min_tokens=256).pages_selected(16 * 500) == 16
+    assert RetroConfig(page_size=8, budget=0.01, min_tokens=1, window=8).pages_selected(64) == 2
+    assert RetroConfig(page_size=8, budget=0.01, min_tokens=1, window=1).pages_selected(64) == 1
+    for hundredths in range(1, 101, 3):
+        for W in (1, 2, 8):
+            retro = RetroConfig(page_size=4, budget=hundredths / 100, min_tokens=9, window=W)
+            assert all(retro.pages_selected(t) == pages_to_load(retro, t)[0] for t in range(0, 400, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps 4-5: supplementary attention, merge, output cache
+
+
+@pytest.mark.parametrize("W, prompt_len", [(1, 9), (2, 20), (4, 1), (4, 24), (8, 3), (8, 30)])
+def test_union(W, prompt_len):
+    """Invariant 2. A row that leaves the window holds softmax attention over the union of the pages loaded meanwhile.
+
+    Guards against a missing causal mask, keys seen twice or never, a row that is not popped, and lse = 0 for an empty set.
+    """
+    q, k, v = random_qkv()
+    retro, loads, gained = RetroConfig(page_size=8, budget=0.2, min_tokens=8, window=W), {}, 0
+    for t, o, layer in run_layer(retro, q, k, v, prompt_len):
+        loads[t] = layer.cache.last_loaded == t  # (B, n_kv_head, P): what the module says it loaded, whatever it is
+        row = t - W + 1  # leaves the window after this step
+        for b, head in np.ndindex(2, 6) if row >= 0 else ():
+            union = range(len(loads[t][0, 0])) if row < prompt_len else set()
+            own = set() if row < prompt_len else set(loads[row][b, head // 3].nonzero().flatten().tolist())
+            for step in range(max(row, prompt_len), t + 1):
+                union = {*union, *loads[step][b, head // 3].nonzero().flatten().tolist()}
+            out, lse = softmax_over(q[b, row, head], k[b, :, head // 3], v[b, :, head // 3],
+                                    [j for j in range(row + 1) if j // 8 in union])  # fmt: skip
+            close(o[b, 0, head], out, 1e-12)
+            close(layer.cache.lse[b, row % W, head], lse, 1e-12)
+            gained += len(union - own) if own else 0
+    assert W == 1 or gained > 100, "no row has learnt anything: the test is empty"
+
+
+def test_merge_of_any_partition_is_the_whole():
+    """Invariant 3. Attention over the parts of a random partition, some of them empty, is attention over the whole."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        q, k, v = (x[0, :, 0] for x in random_qkv(B=1, T=40, n_head=1, n_kv_head=1, seed=int(rng.integers(1000))))
+        part_of = rng.integers(0, 6, 40) * (rng.random() < 0.9)
+        o, lse = torch.zeros(6, 32, dtype=torch.float64), torch.full((6,), -torch.inf, dtype=torch.float64)
+        for part in set(part_of):
+            out, total = softmax_over(q[0], k, v, np.flatnonzero(part_of == part))
+            o[part], lse[part] = torch.from_numpy(out), total
+        whole, total = softmax_over(q[0], k, v, np.arange(40))
+        merged = merge(o, lse)
+        close(merged[0], whole, 1e-13)
+        close(merged[1], total, 1e-13)
+
+
+def test_merge_with_empty_sets():
+    """Invariant 3. Nothing merged in is the identity, bit for bit; nothing with nothing is o = 0, lse = -inf, and no NaN."""
+    o, lse = torch.randn(1, 5, 32).double(), torch.tensor([[-900.0, -1, 0, 1, 900]]).double()
+    none = torch.zeros_like(o), torch.full_like(lse, -torch.inf)
+    for pair in ((torch.cat((o, none[0])), torch.cat((lse, none[1]))), (torch.cat((none[0], o)), torch.cat((none[1], lse)))):
+        assert torch.equal(merge(*pair)[0], o[0]) and torch.equal(merge(*pair)[1], lse[0])
+    empty = merge(torch.cat((none[0], none[0])), torch.cat((none[1], none[1])))
+    assert (empty[0] == 0).all() and (empty[1] == -torch.inf).all()
+
+
+def test_attend_to_nothing():
+    """Invariant 3. A past row for which no page is new, or that stands before the text, gets o = 0 and lse = -inf."""
+    q, k, v = random_qkv(T=20)
+    cache = new_layer(RetroConfig(page_size=8, window=4), q, k).cache
+    store(k, v, cache, 19)
+    pages, t = torch.arange(3).expand(2, 2, 3), torch.tensor(19)
+    o, lse = attend(q[:, -4:], cache, pages, torch.full_like(pages, 18), t)
+    assert (o[0, :, :-1] == 0).all() and (lse[0, :, :-1] == -torch.inf).all()
+    assert (o[0, :, -1] != 0).all() and lse[0, :, -1].isfinite().all()
+    o, lse = attend(q[:, -4:], cache, pages[..., :1], torch.full_like(pages[..., :1], -1), torch.tensor(1))
+    assert (o[0, :, :2] == 0).all() and (lse[0, :, :2] == -torch.inf).all()
+    assert lse[0, :, 2:].isfinite().all()
+
+
+def test_window_one_is_quest():
+    """Invariant 5. Against Quest written again from its paper, one head and one page at a time."""
+    q, k, v = random_qkv(T=90)
+    for t, o, _ in run_layer(RetroConfig(page_size=8, budget=0.35, min_tokens=8, window=1), q, k, v, prompt_len=20):
+        last = t // 8
+        for b, h in np.ndindex(2, 2):
+            ranked = []
+            for page in range(last):  # the last page is loaded without being asked
+                keys, bound = k[b, page * 8 : page * 8 + 8, h], 0.0
+                for x in q[b, t, h * 3 : h * 3 + 3]:
+                    bound += torch.maximum(x * keys.amin(0), x * keys.amax(0)).sum().item()
+                ranked.append((-bound, page))
+            budget = -(-35 * (last + 1) // 100)  # 35 % of the pages, rounded up
+            chosen = [last] + [page for _, page in sorted(ranked)[: budget - 1]]
+            keys = [j for j in range(t + 1) if j // 8 in chosen]
+            for head in range(h * 3, h * 3 + 3):
+                close(o[b, 0, head], softmax_over(q[b, t, head], k[b, :, h], v[b, :, h], keys)[0], 1e-12)
+
+
+@pytest.mark.parametrize("position", [30, 32, 35, 39, 40])
+def test_a_past_row_never_sees_a_later_token(position):
+    """Invariant 6, in one layer: another k and v at `position` changes no earlier row, at no step, in no bit.
+
+    The page of `position` is loaded in both runs as long as an earlier row is in the window, so both load the same pages.
+    """
+    q, k, v = random_qkv(T=60)
+    retro = RetroConfig(page_size=8, budget=0.2, min_tokens=8, window=8)
+    k2, v2 = k.clone(), v.clone()
+    k2[:, position] *= -3
+    v2[:, position] += 5
+    for (t, a, _), (_, b, _) in zip(run_layer(retro, q, k, v, 20), run_layer(retro, q, k2, v2, 20), strict=True):
+        if t - 7 >= position:
+            break
+        before = max(0, min(8, position - (t - 7)))  # rows of the window in front of `position`
+        assert torch.equal(a[:, :before], b[:, :before])
+        assert t < position or ((a - b)[:, before].abs().amax(-1) > 1e-6).all()  # but the row itself, in every head
+
+
+def test_a_past_row_of_the_model_never_sees_a_later_token():
+    """Invariant 6, through all layers; with all pages loaded, since the choice of pages does depend on the newest token."""
+    model, tokens, position = random_model(), random_tokens(2, 40), 26
+    other = tokens.clone()
+    other[:, position] = (tokens[:, position] + 1) % 61
+    recorded = []
+    model.layers[-1].register_forward_hook(lambda module, args, x: recorded[-1].append(x.clone()))
+    for run in (tokens, other):
+        recorded.append([])
+        decode(model, RetroConfig(page_size=8, budget=1.0, window=4, dense_layers=0), run, 20)
+    for t, a, b in zip([19, *range(20, 40)], *recorded, strict=True):
+        rows = torch.arange(20) if t == 19 else torch.arange(t - 3, t + 1)
+        assert torch.equal(a[:, rows < position], b[:, rows < position])
+        assert not (t == position and torch.equal(a[:, -1], b[:, -1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model: limits, overwriting, memory
+
+
+@pytest.mark.parametrize("W", [1, 2, 4, 8, 100])
+@pytest.mark.parametrize("limits", [dict(budget=1.0, min_tokens=1), dict(budget=0.01, min_tokens=1000)])
+def test_all_pages_is_dense(W, limits):
+    """Invariant 4. With all pages loaded, for either reason, nothing is left to correct: the logits are dense attention's."""
+    model, tokens = random_model(), random_tokens(2, 50)
+    logits, _ = decode(model, RetroConfig(page_size=8, window=W, dense_layers=0, **limits), tokens, 13)
+    close(logits, model(tokens)[:, 12:], 1e-10)
+
+
+@pytest.mark.parametrize("prompt_len", [1, 30])
+def test_dense_decoding_is_the_uncached_forward(prompt_len):
+    """Invariant 8. Guards against a position off by one between prefill, cache and RoPE."""
+    model, tokens = random_model(rope_scaling=8.0, tie_embeddings=True), random_tokens(3, 50)
+    close(decode(model, None, tokens, prompt_len)[0], model(tokens)[:, prompt_len - 1 :], 1e-10)
+
+
+def test_overwriting_changes_only_what_it_should():
+    """Invariant 7. The first sparse layer's K, V depend on no sparse attention: overwriting writes what was there.
+
+    Deeper layers' change. Outside the window the cache is untouched, bit for bit.
+    """
+    model, tokens, W = random_model(n_layer=4), random_tokens(2, 60), SPARSE.window
+    decoder, _ = start(model, SPARSE, tokens, 21)
+    changed = np.zeros((4, 2))
+    for t in range(21, 60):
+        before = [[x.flatten(2, 3).clone() for x in (layer.cache.k, layer.cache.v)] for layer in decoder.layers]
+        decoder.step(tokens[:, t])
+        for i, layer in enumerate(decoder.layers):
+            for kv, x in enumerate((layer.cache.k.flatten(2, 3), layer.cache.v.flatten(2, 3))):
+                outside = torch.ones(x.shape[2], dtype=torch.bool)
+                outside[t - W + 1 : t + 1] = False
+                assert torch.equal(x[:, :, outside].nan_to_num(77), before[i][kv][:, :, outside].nan_to_num(77))
+                past = slice(t - W + 1, t)
+                changed[i, kv] = max(changed[i, kv], (x[:, :, past] - before[i][kv][:, :, past]).abs().max())
+    assert (changed[:2] < 1e-12).all() and (changed[2:] > 1e-3).all(), changed
+
+
+@pytest.mark.parametrize("W, prompt_len", [(1, 20), (4, 2), (8, 21)])
+def test_what_was_never_written_is_never_read(W, prompt_len):
+    """Invariant 7. Fresh memory may hold anything, also NaN, which a weight of zero would not remove."""
+    model, tokens = random_model(), random_tokens(2, 50)
+    retro = RetroConfig(page_size=8, budget=0.2, min_tokens=16, window=W, dense_layers=1)
+    clean, _ = decode(model, retro, tokens, prompt_len, fill=0.0)
+    assert clean.isfinite().all()
+    for fill in (math.nan, math.inf, 1e30):
+        assert torch.equal(decode(model, retro, tokens, prompt_len, fill)[0], clean)
+
+
+def test_output_cache_is_independent_of_the_length():
+    """Invariant 9. W rows of n_head * (hs + 1) float32 numbers a sequence, for a model in half precision too."""
+    q, k, _ = (x.bfloat16() for x in random_qkv(B=3))
+    for max_seq_len in (64, 8192):
+        cache = new_layer(RetroConfig(window=4), q, k, max_seq_len).cache
+        assert sum(x.numel() * x.element_size() for x in (cache.out, cache.lse)) == 3 * 4 * 6 * (32 + 1) * 4
+    assert cache.k.shape == (3, 2, 8192 // 16, 16, 32) and cache.k.dtype == torch.bfloat16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole decoding against the oracle
+
+
+def check_against_oracle(model, retro, tokens, prompt_len, tol):
+    """Logits, all K and V, the outputs and sums of the window's rows, and the count of first sights agree."""
+    expected, states = oracle(model, retro, tokens, prompt_len)
+    logits, decoder = decode(model, retro, tokens, prompt_len)
+    close(logits, expected, tol)
+    B, T = tokens.shape
+    window = np.arange(max(0, T - retro.window), T)
+    for i, (layer, s) in enumerate(zip(decoder.layers, states, strict=True)):
+        cache = layer.cache
+        close(cache.k.flatten(2, 3)[:, :, :T], s.k, tol)
+        close(cache.v.flatten(2, 3)[:, :, :T], s.v, tol)
+        if i < retro.dense_layers:
+            continue
+        num, den = (x.reshape(B, -1, *x.shape[3:])[:, :, window] for x in (s.num, s.den))  # (B, n_head, rows ...)
+        close(cache.out[:, window % retro.window].transpose(1, 2), num / den[..., None], tol)
+        close(cache.lse[:, window % retro.window].transpose(1, 2), np.log(den), tol)
+        assert np.array_equal(cache.exposure[..., 1], s.sights)
+        assert retro.window == 1 or s.sights.min() > 0, "no supplementary output in the whole run: the case is empty"
+        assert (cache.exposure[..., 0] == sum(pages_to_load(retro, t)[0] for t in range(prompt_len, T))).all()
+
+
+CASES = [  # n_head, n_kv_head, hs, page_size, W, B, prompt_len, T, dense_layers, budget
+    (2, 2, 32, 8, 2, 1, 30, 81, 0, 0.15),
+    (3, 1, 64, 8, 4, 3, 41, 90, 1, 0.2),
+    (6, 2, 64, 16, 8, 1, 57, 120, 0, 0.15),
+    (4, 1, 128, 32, 2, 1, 100, 150, 1, 0.3),
+    (8, 2, 32, 16, 1, 3, 50, 100, 0, 0.15),
+    (8, 1, 32, 8, 8, 3, 3, 60, 0, 0.1),
+    (16, 2, 32, 16, 4, 1, 64, 110, 2, 0.2),
+    (3, 3, 128, 8, 1, 1, 20, 60, 1, 0.2),
+    (4, 4, 32, 32, 8, 1, 1, 120, 0, 0.3),
+    (6, 2, 32, 8, 2, 1, 1, 70, 0, 0.15),
+    (6, 2, 32, 1, 4, 2, 5, 50, 0, 0.3),
+    (6, 2, 32, 4, 16, 2, 15, 60, 0, 0.3),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_random_models_against_the_oracle(case):
+    """Invariant 11. GQA ratios, batches, ragged pages, windows, page and head sizes; prompts shorter than the window too."""
+    n_head, n_kv_head, hs, page_size, W, B, prompt_len, T, dense_layers, budget = case
+    model = random_model(n_head, n_kv_head, hs)
+    retro = RetroConfig(page_size=page_size, budget=budget, min_tokens=10, window=W, dense_layers=dense_layers)
+    check_against_oracle(model, retro, random_tokens(B, T), prompt_len, 1e-10)
+
+
+@pytest.mark.parametrize("W", [1, 2, 8])
+def test_the_shipped_checkpoint_against_the_oracle(W):
+    """Guards against a checkpoint, a tokenizer and a RoPE layout that do not belong together, and against trained weights'
+    large values, on which shortcuts that hold for random ones fail."""
+    model, tokenizer = Llama.from_checkpoint(TINY, dtype=torch.float64), Tokenizer.from_checkpoint(TINY)
+    tokens = torch.tensor([tokenizer.encode(retro_attention.__doc__, bos=True)[:265]])  # any text will do
+    assert tokens.shape == (1, 265)
+    retro = RetroConfig(page_size=16, budget=0.15, min_tokens=64, window=W, dense_layers=1)
+    check_against_oracle(model, retro, tokens, 201, 1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The Triton kernels against their PyTorch twins: on a GPU as compiled, elsewhere in Triton's interpreter
+
+
+KERNEL_DTYPES = {torch.float32: 2e-6, torch.float16: 1e-3}  # largest relative RMS error
+if DEVICE == "cuda":
+    KERNEL_DTYPES[torch.bfloat16] = 1e-2  # the interpreter's bfloat16 dot is wrong
+
+
+def assert_close(found, wanted, dtype, what):
+    assert found.shape == wanted.shape and not found.isnan().any(), what
+    assert (found.isinf() == wanted.isinf()).all(), what
+    found, wanted = (x[wanted.isfinite()].double() for x in (found, wanted))
+    error = (found - wanted).norm() / wanted.norm().clamp(min=1e-30)
+    assert error <= KERNEL_DTYPES[dtype], f"{what}: relative error {error:.1e}"
+
+
+def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
+    """A cache as a decode step to position t finds it, filled with noise; NaN stands wherever nothing was written yet."""
+    gen = torch.Generator().manual_seed(seed)
+    cache = retro_attention.new_cache(config, False, B, n_kv_head * G, n_kv_head, hs, t + 20, "cpu", dtype)
+    for x in (cache.k, cache.v, cache.k_min, cache.k_max):
+        x.fill_(torch.nan)
+    if t > 0:
+        k, v = (torch.randn(B, t, n_kv_head, hs, generator=gen).to(dtype) for _ in range(2))
+        retro_attention.store(k, v, cache, t - 1)
+        held = (t - 1) // config.page_size + 1
+        # Most pages were loaded within the last few steps, so that each row finds some that it has seen and some it has not.
+        recent = t - torch.randint(1, 2 * config.window + 2, (B, n_kv_head, held), generator=gen)
+        cache.last_loaded[:, :, :held] = recent.clamp(min=-1)
+    cache.out.normal_(generator=gen)
+    cache.lse.normal_(generator=gen)
+    cache.lse[:, 0] = -torch.inf  # one row has seen nothing so far
+    for name in ("k", "v", "k_min", "k_max", "last_loaded", "out", "lse", "exposure"):
+        setattr(cache, name, getattr(cache, name).to(DEVICE))
+    return cache, gen
+
+
+# G, W, page size, hs, B, n_kv_head, t, min_tokens
+SHAPES = [
+    (1, 1, 8, 32, 1, 2, 97, 16),
+    (3, 2, 16, 32, 3, 1, 130, 16),
+    (4, 4, 8, 64, 1, 2, 71, 16),
+    (8, 8, 16, 32, 1, 1, 161, 32),
+    (8, 2, 32, 128, 1, 1, 255, 32),  # the last page is full
+    (4, 8, 8, 32, 3, 1, 64, 8),  # a new page starts; the window lies in two
+    (3, 4, 32, 64, 1, 1, 96, 64),
+    (1, 8, 16, 128, 1, 1, 40, 256),  # below the floor: all pages
+    (2, 8, 8, 32, 1, 1, 3, 16),  # more rows than tokens
+    (1, 2, 8, 32, 1, 1, 0, 8),  # the very first token
+]
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "G{}-W{}-ps{}-hs{}-B{}-kv{}-t{}-floor{}".format(*s))
+def test_kernels_equal_their_twins(shape, dtype):
+    """Each kernel, given what its twin is given, writes and returns the same; slots never written are NaN and stay out of it."""
+    import kernels
+
+    G, W, ps, hs, B, n_kv_head, t, min_tokens = shape
+    config = RetroConfig(page_size=ps, budget=0.3, min_tokens=min_tokens, window=W)
+    cache, gen = cache_at(config, B, n_kv_head, G, hs, t, dtype, seed=t)
+    twin, position, held = copy.deepcopy(cache), torch.tensor(t, device=DEVICE), t // ps + 1
+    q, k, v = (torch.randn(B, W, h, hs, generator=gen).to(DEVICE, dtype) for h in (n_kv_head * G, n_kv_head, n_kv_head))
+    angles = torch.randn(t + 1, hs // 2, generator=gen).to(DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+
+    rotated = kernels.write(q, k, v, cos, sin, cache, position)
+    q = retro_attention.write(q, k, v, cos, sin, twin, position)
+    real = slice(max(0, W - 1 - t), None)  # rows before the start are nobody's
+    assert_close(rotated[:, real], q[:, real], dtype, "write: q")
+    for name, n in (("k", t + 1), ("v", t + 1), ("k_min", held), ("k_max", held)):
+        found, wanted = (getattr(c, name) for c in (cache, twin))
+        if name in "kv":
+            found, wanted = found.flatten(2, 3), wanted.flatten(2, 3)
+        assert_close(found[:, :, :n], wanted[:, :, :n], dtype, f"write: {name}")
+        assert found[:, :, n:].isnan().all(), f"write: {name} behind position t"
+    cache.k, cache.v, cache.k_min, cache.k_max = twin.k, twin.v, twin.k_min, twin.k_max
+
+    scores = retro_attention.score(q, twin, position)
+    assert_close(kernels.score(q, cache, position)[:, :, :held], scores, torch.float32, "score")
+
+    room = torch.full(
+        (B, n_kv_head, cache.k.shape[2]), torch.nan, device=DEVICE
+    )  # the kernel's scores are as wide as the cache
+    room[:, :, :held] = scores
+    pages, stamps = retro_attention.select(scores, twin, position)
+    found_pages, found_stamps = kernels.select(room, cache, position)
+    S = config.pages_selected(t)
+    assert torch.equal(found_pages[:, :, :S], pages) and torch.equal(found_stamps[:, :, :S], stamps), "select"
+    assert torch.equal(cache.last_loaded, twin.last_loaded) and torch.equal(cache.exposure, twin.exposure), "select: tables"
+
+    parts, wanted = (
+        kernels.attend(q, cache, found_pages, found_stamps, position),
+        retro_attention.attend(q, twin, pages, stamps, position),
+    )
+    o, lse = retro_attention.merge(*parts)
+    assert_close(o, wanted[0][0], dtype, "attend: o")
+    assert_close(lse, wanted[1][0], torch.float32 if dtype == torch.float32 else dtype, "attend: lse")
+    o, lse = retro_attention.merge(*kernels.attend(q, cache, None, None, position))
+    wanted_dense = retro_attention.attend(q, twin, None, None, position)
+    assert_close(o, wanted_dense[0][0], dtype, "attend, dense: o")
+    assert_close(lse, wanted_dense[1][0], dtype, "attend, dense: lse")
+
+    assert_close(kernels.combine(*parts, cache, position), retro_attention.combine(*parts, twin, position), dtype, "combine")
+    assert_close(cache.out, twin.out, torch.float32, "combine: out")
+    assert_close(cache.lse, twin.lse, torch.float32, "combine: lse")
+
+
+@pytest.mark.parametrize("kind", ["equal", "zeros of both signs", "huge"])
+def test_select_kernel_ties_and_extremes(kind):
+    """Equal scores go to the lower pages, also when they are 0.0 and -0.0; scores of any size keep their order."""
+    import kernels
+
+    config = RetroConfig(page_size=8, budget=0.4, min_tokens=8, window=4)
+    t, held = 101, 13
+    cache, gen = cache_at(config, 1, 2, 1, 32, t, torch.float32, seed=1)
+    twin, position = copy.deepcopy(cache), torch.tensor(t, device=DEVICE)
+    scores = torch.randn(1, 2, held, generator=gen)
+    scores = {
+        "equal": torch.full_like(scores, -2.5),
+        "zeros of both signs": scores.sign() * 0.0,
+        "huge": scores * torch.tensor([1e4, 3e38])[None, :, None] * scores.sign(),
+    }[kind].to(DEVICE)
+    room = torch.nn.functional.pad(scores, (0, cache.k.shape[2] - held), value=torch.nan)
+    pages, stamps = retro_attention.select(scores, twin, position)
+    S = config.pages_selected(t)
+    for found, wanted in zip(kernels.select(room, cache, position), (pages, stamps), strict=True):
+        assert torch.equal(found[:, :, :S], wanted)
+    if kind != "huge":
+        assert pages[0, 0].tolist() == [0, 1, 2, 3, 11 + 1][:S] or pages[0, 0].tolist()[-1] == 12
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_attend_kernel_empty_supplements_and_extreme_scores(dtype):
+    """Past rows for which nothing is new get o = 0 and lse = -inf; scores of 1e4 neither overflow nor lose the newest row."""
+    import kernels
+
+    config = RetroConfig(page_size=8, budget=1.0, window=4)
+    t = 75
+    cache, gen = cache_at(config, 1, 1, 2, 32, t + 1, dtype, seed=2)
+    position = torch.tensor(t, device=DEVICE)
+    pages = torch.arange(t // 8 + 1, dtype=torch.int32, device=DEVICE).view(1, 1, -1)
+    q = torch.randn(1, 4, 2, 32, generator=gen).to(DEVICE, dtype) * 1e3  # scores of up to about 1e4
+    for stamps in (torch.full_like(pages, t - 1), torch.full_like(pages, -1)):
+        o, lse = retro_attention.merge(*kernels.attend(q, cache, pages, stamps, position))
+        wanted_o, wanted_lse = retro_attention.attend(q, cache, pages, stamps, position)
+        assert_close(o, wanted_o[0], dtype, "o")
+        assert_close(lse, wanted_lse[0], dtype, "lse")
+        assert (lse[:, :-1] == -torch.inf).all() == (stamps == t - 1).all() and lse[:, -1].isfinite().all()
+
+
+@pytest.mark.parametrize("window", [1, 2, 8])
+def test_same_greedy_tokens_through_triton_and_torch(window):
+    """The shipped checkpoint, float32: the kernels together, over several layers and steps, decide as the reference does."""
+    model, tok = Llama.from_checkpoint(TINY, device=DEVICE), Tokenizer.from_checkpoint(TINY)
+    idx = torch.tensor([tok.encode(retro_attention.__doc__, bos=True)[:100]], device=DEVICE)
+    n = 256 if DEVICE == "cuda" else 6  # the interpreter is slow
+    config = {"page_size": 8, "budget": 0.2, "min_tokens": 32, "window": window, "dense_layers": 1}
+    found, wanted = (
+        model.generate(idx, n, retro=RetroConfig(impl=impl, **config), temperature=0).tolist() for impl in ("triton", "torch")
+    )
+    assert found == wanted
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    """On a CPU without the interpreter, and in float64: a ValueError that says what to do."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        retro_attention.implementation("triton", torch.device("cpu"))
+    assert retro_attention.implementation("auto", torch.device("cpu")) is retro_attention
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    import kernels
+
+    cache, _ = cache_at(RetroConfig(), 1, 1, 1, 32, 5, torch.float64, seed=0)
+    with pytest.raises(ValueError, match="float64"):
+        kernels.check(torch.zeros(1, 2, 1, 32, dtype=torch.float64, device=DEVICE), cache)
+    with pytest.raises(ValueError, match="head_size"):
+        kernels.check(torch.zeros(1, 2, 1, 24, device=DEVICE), cache)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts of the model
+
+
+@pytest.mark.parametrize("name, value", [
+    ("page_size", 0), ("page_size", 12), ("page_size", 8.0), ("budget", 0), ("budget", 1.01), ("budget", math.nan),
+    ("min_tokens", 0), ("window", 0), ("window", 1.5), ("dense_layers", -1), ("impl", "cuda"),
+])  # fmt: skip
+def test_a_config_out_of_range_is_named(name, value):
+    """The message holds the name, what is allowed, and the value."""
+    with pytest.raises(ValueError, match=f"{name} must be .+, not {value!r}$"):
+        RetroConfig(**{name: value})
+
+
+@pytest.mark.parametrize("bad", [dict(n_head=4), dict(n_kv_head=4), dict(dim=21), dict(n_layer=0), dict(max_seq_len=1.5)])
+def test_an_impossible_model_is_refused(bad):
+    """Guards against heads that silently lose a part of the embedding."""
+    shape = dict(dim=30, n_layer=1, n_head=3, n_kv_head=3, vocab_size=8, ffn_dim=8, max_seq_len=8)
+    LlamaConfig(**shape)
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        LlamaConfig(**{**shape, **bad})
+
+
+@pytest.mark.parametrize("scaling, theta", [(None, 10_000.0), (8.0, 500_000.0), (32.0, 500_000.0)])
+def test_rope(scaling, theta):
+    """Neighbouring pairs turn like complex numbers; Llama 3.1's scaling in its published form of three cases."""
+    config, rows = LlamaConfig(384, 1, 3, 3, 8, 8, 5000, rope_theta=theta, rope_scaling=scaling), [0, 1, 17, 4098, 4999]
+    x = torch.randn(2, 5, 3, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cos, sin = rope_table(config, "cpu", torch.float64)
+    close(apply_rope(x, cos[rows], sin[rows]), rotate(x.numpy(), rows, config), 1e-10)
+    cos, sin = rope_table(config, "cpu", torch.bfloat16)  # whose 8 bits could not tell position 4098 from 4099
+    assert cos.dtype == torch.float32 and apply_rope(x.bfloat16(), cos[rows], sin[rows]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("prompt_len", [1, 33, 59])
+def test_score(prompt_len):
+    """Guards against log-probabilities of a neighbour's token: dense against the forward pass, sparse against the oracle."""
+    model, tokens = random_model(), random_tokens(2, 60)
+    sparse = torch.from_numpy(oracle(model, SPARSE, tokens, prompt_len)[0])  # behind positions prompt_len-1 .. 59
+    for retro, logits in ((None, model(tokens)[:, prompt_len - 1 :]), (SPARSE, sparse)):
+        expected = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, prompt_len:, None]).squeeze(2)
+        found = model.score(tokens, prompt_len, retro=retro)
+        assert found.dtype == torch.float32
+        close(found, expected, 1e-5)
+    for bad in (0, 60):
+        with pytest.raises(ValueError, match=f"prompt_len must be between 1 and 59, not {bad}"):
+            model.score(tokens, bad)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@pytest.mark.parametrize("retro", [None, SPARSE])
+def test_greedy_generation_takes_the_likeliest(retro):
+    """Dense against the uncached forward pass, sparse against the oracle, each fed with the text that came out."""
+    model, prompt = random_model(), random_tokens(2, 30)
+    text = model.generate(prompt, 20, retro=retro, temperature=0)
+    logits = oracle(model, retro, text, 30)[0] if retro else model(text)[:, 29:].numpy()
+    assert torch.equal(text[:, :30], prompt) and np.array_equal(text[:, 30:], logits[:, :-1].argmax(-1))
+    for only_one in (dict(top_k=1), dict(top_p=1e-6)):
+        assert torch.equal(model.generate(prompt, 20, retro=retro, temperature=3.0, seed=1, **only_one), text)
+
+
+def test_seed():
+    """Same seed, same text; another seed, another text; rows of a batch draw on their own, and are equal when greedy."""
+    model, prompt = random_model(), random_tokens(1, 20).expand(2, 20)
+    first, again, other = (model.generate(prompt, 30, retro=SPARSE, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[0], first[1])
+    greedy = model.generate(prompt, 30, retro=SPARSE, temperature=0)
+    assert torch.equal(greedy[0], greedy[1])
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p, weights", [  # of tokens with probabilities .4, .3, .2, .1
+    (1, None, None, [4, 3, 2, 1]), (0.5, None, None, [16, 9, 4, 1]), (1, 3, None, [4, 3, 2, 0]), (1, 9, None, [4, 3, 2, 1]),
+    (1, None, 0.65, [4, 3, 0, 0]), (1, None, 0.75, [4, 3, 2, 0]), (1, None, 1.0, [4, 3, 2, 1]), (1, 3, 0.35, [1, 0, 0, 0]),
+])  # fmt: skip
+def test_sampling_frequencies(temperature, top_k, top_p, weights):
+    """temperature, top_k and top_p against their definitions, by counting; the ids do not stand in order of probability."""
+    order, n = [2, 0, 3, 1], 40_000
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1])[order].log().expand(n, 4)
+    drawn = sample_token(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    for token, i in enumerate(order):
+        p = weights[i] / sum(weights)
+        assert abs((drawn == token).sum().item() / n - p) <= 4 * math.sqrt(p * (1 - p) / n)  # four standard errors
+
+
+def test_stop_tokens_and_the_end_of_the_context():
+    """A stopped row repeats its stop token until all rows have stopped; the text never outgrows the context."""
+    model, prompt = random_model(max_seq_len=64), random_tokens(3, 20)
+    free = model.generate(prompt, 1000, retro=SPARSE, temperature=0)
+    assert free.shape == (3, 64)
+    stop = free[0, 25].item()
+    ends = [next((i for i in range(20, 64) if row[i] == stop), 64) for row in free]
+    text = model.generate(prompt, 1000, retro=SPARSE, temperature=0, stop_tokens=[stop])
+    assert text.shape[1] == min(64, max(ends) + 1) and min(ends) < max(ends)
+    for row, expected, end in zip(text, free, ends, strict=True):
+        assert torch.equal(row[:end], expected[:end]) and (row[end:] == stop).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(temperature=-1), "temperature must be >= 0, not -1"), (dict(temperature=math.nan), "temperature .+ nan"),
+    (dict(top_k=0), "top_k must be >= 1, not 0"), (dict(top_p=0), "top_p must be in .+, not 0"),
+    (dict(top_p=1.5), "top_p must be in .+, not 1.5"), (dict(max_new_tokens=0), "max_new_tokens must be >= 1, not 0"),
+    (dict(idx=random_tokens(1, 0)), "prompt has 0 tokens"), (dict(idx=random_tokens(1, 64)), "prompt has 64 tokens"),
+    (dict(idx=random_tokens(1, 65)), "prompt has 65 tokens"), (dict(retro=RetroConfig(impl="triton")), "triton"),
+    (dict(retro=RetroConfig(dense_layers=4)), "dense_layers must be between 0 and .+ 3 layers, not 4"),
+])  # fmt: skip
+def test_generate_names_what_is_wrong(change, message, monkeypatch):
+    """One clear ValueError for what a user can get wrong, not an error from inside PyTorch."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=message):
+        random_model(max_seq_len=64).generate(**{"idx": random_tokens(1, 20), "max_new_tokens": 5, **change})
+
+
+@pytest.mark.parametrize("T", [0, 65])
+def test_the_forward_pass_refuses_what_is_not_in_the_context(T):
+    """Guards against a slice of the RoPE table that silently ends early."""
+    model = random_model(max_seq_len=64)
+    for call in (model, Decoder(model, 1).prefill):
+        with pytest.raises(ValueError, match=f"{T} tokens.* between 1 and the context of 64"):
+            call(random_tokens(1, T))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_tokenizer(folder, change=lambda lines: lines):
+    """256 bytes and four merges, in Llama 3's format."""
+    tokens = [bytes([i]) for i in range(256)] + [b"th", b" th", b"the", b" the"]
+    lines = [base64.b64encode(token) + b" %d" % i for i, token in enumerate(tokens)]
+    (folder / "tokenizer.model").write_bytes(b"\n".join(change(lines)))
+
+
+def test_tokenizer(tmp_path):
+    """Round trip of any text, merges by rank, special tokens only on request, Llama 3.1's order of stop tokens."""
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_checkpoint(tmp_path)
+    for text in ("", "the other", "Ünïcødé 你好 🙂\r\n\t 1234  x", "<|end_of_text|> the"):
+        for special in (False, True):
+            ids = tokenizer.encode(text, bos=True, special=special)
+            assert ids[0] == tokenizer.bos == 260 and tokenizer.decode(ids[1:]) == text
+            assert b"".join(map(tokenizer.token_bytes, ids[1:])) == text.encode()
+            assert (261 in ids) == (special and "end_of_text" in text)
+    assert tokenizer.encode("the the") == [258, 259] and tokenizer.decode([0xE4]) == "\ufffd"
+    assert tokenizer.vocab_size == 260 + 256
+    assert tokenizer.stop_tokens == [261, 268, 269]  # 128001, 128008 and 128009 in Llama 3.1, whose first is 128000
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda lines: [b"\x00\xff binary"], "line 1 is not"), (lambda lines: lines[:9] + [b"YQ=="], "line 10 is not"),
+    (lambda lines: lines[:9] + [b"YWE= x"], "line 10 is not"), (lambda lines: lines[:255], "256 single bytes"),
+    (lambda lines: lines[:-2] + lines[-1:], "ranks must be 0"), (lambda lines: lines + [b"YWFh 259"], "ranks must be 0"),
+])  # fmt: skip
+def test_a_broken_tokenizer_file_is_refused(tmp_path, change, message):
+    """Guards against a truncated download, which would decode to nonsense."""
+    with pytest.raises(ValueError, match="tokenizer.model is missing"):
+        Tokenizer.from_checkpoint(tmp_path)
+    write_tokenizer(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_checkpoint(tmp_path)
+
+
+def write_checkpoint(folder, params=(), weights=(), without=()):
+    """A small checkpoint in Meta's format, with some of its contents replaced; returns its model."""
+    model = random_model(hs=8, n_layer=2, ffn_dim=128)
+    shape = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=61, multiple_of=128, max_seq_len=256, rope_theta=1e3)
+    contents = {**model.state_dict(), **dict(weights)}
+    torch.save({name: w for name, w in contents.items() if name not in without}, folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps({**shape, **dict(params)}))
+    return model
+
+
+def test_checkpoint_round_trip(tmp_path):
+    """Shape and weights come back; a stored RoPE table is ignored; without an output matrix the embedding is used."""
+    tokens = random_tokens(2, 20)
+    model = write_checkpoint(tmp_path, weights={"rope.freqs": torch.zeros(4)})
+    loaded = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
+    assert loaded.config == model.config and torch.equal(loaded(tokens), model(tokens))
+    assert Llama.from_checkpoint(tmp_path, max_seq_len=32).config.max_seq_len == 32
+    write_checkpoint(tmp_path, without=["output.weight"])
+    model.output.weight.copy_(model.tok_embeddings.weight)
+    loaded = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
+    assert loaded.config.tie_embeddings and torch.equal(loaded(tokens), model(tokens))
+
+
+def test_params_of_a_published_model():
+    """Llama 3.1 8B's params.json means 14,336 inside SwiGLU and scaled RoPE over 131,072 tokens; Llama 3's means 8,192."""
+    params = dict(dim=4096, n_layers=32, n_heads=32, vocab_size=128_256, ffn_dim_multiplier=1.3, multiple_of=1024)
+    config = LlamaConfig.from_params({**params, "n_kv_heads": 8, "use_scaled_rope": True})
+    assert (config.ffn_dim, config.rope_scaling, config.max_seq_len, config.n_kv_head) == (14_336, 8.0, 131_072, 8)
+    config = LlamaConfig.from_params(params)
+    assert (config.rope_scaling, config.max_seq_len, config.n_kv_head) == (None, 8_192, 32)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(without=["layers.1.attention.wq.weight"]), "layers.1.attention.wq.weight .*no such tensor"),
+    (dict(weights={"layers.2.ffn_norm.weight": torch.ones(48)}), "layers.2.ffn_norm.weight .*unknown name"),
+    (dict(weights={"norm.weight": torch.ones(49)}), r"norm.weight should have shape \(48,\), the file has \(49,\)"),
+    (dict(weights={"norm.weight": [1.0] * 48}), "dictionary of tensors"), (dict(params={"n_heads": 5}), "n_head 5"),
+    (dict(params={"n_layers": 3}), "layers.2.* no such tensor"), (dict(params={"vocab_size": 60}), r"\(60, 48\), .*\(61, 48\)"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
+    """Guards against strict=False: a tensor left out, of another shape, or of another model, is an error with its name."""
+    write_checkpoint(tmp_path, **change)
+    with pytest.raises(ValueError, match=message):
+        Llama.from_checkpoint(tmp_path)
+
+
+def test_a_missing_or_broken_params_file_is_named(tmp_path):
+    """One clear ValueError for a folder or a file that is not there, and for a params.json that is something else."""
+    write_checkpoint(tmp_path)
+    for text, message in (
+        ("{", "not JSON"),
+        ("[1]", "a JSON object was expected, not list"),
+        ("{}", "dim must be .* not .missing"),
+    ):
+        (tmp_path / "params.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Llama.from_checkpoint(tmp_path)
+    for name in ("consolidated.00.pth", "params.json"):
+        (tmp_path / name).unlink()
+        with pytest.raises(ValueError, match=f"{name} is missing"):
+            Llama.from_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        Llama.from_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_file_that_is_not_weights_is_refused_and_not_run(tmp_path):
+    """Truncated, empty, foreign and hostile files: one ValueError, and no code out of the file is executed."""
+    write_checkpoint(tmp_path)
+    path, trap = tmp_path / "consolidated.00.pth", tmp_path / "trap"
+    whole = path.read_bytes()
+
+    def refused():
+        with pytest.raises(ValueError, match="not a readable PyTorch file of weights|dictionary of tensors"):
+            Llama.from_checkpoint(tmp_path)
+
+    for content in (whole[: len(whole) // 2], whole[:-100], b"", b"hello", b"(lp0\nI1\na."):  # the last is a pickled [1]
+        path.write_bytes(content)
+        refused()
+    for value in ([torch.ones(3)], torch.ones(3), {"norm.weight": Decimal(1)}):
+        torch.save(value, path)
+        refused()
+    with zipfile.ZipFile(path, "w") as file:  # PyTorch's format, around a pickle that calls open(trap, "w")
+        file.writestr("x/data.pkl", f"cbuiltins\nopen\n(V{trap.as_posix()}\nVw\ntR.")
+        file.writestr("x/version", "3\n")
+    refused()
+    assert not trap.exists()
