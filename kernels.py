@@ -40,7 +40,7 @@ def check(q: torch.Tensor, cache: LayerCache) -> None:
 
 
 def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Rotates q and k, puts k and v of the window's rows into the cache, refreshes the touched bounds; returns the rotated q."""
+    """Rotates q and k, puts the window's rows of k and v into the cache, refreshes the touched bounds; returns rotated q."""
     check(q, cache)
     assert k.is_contiguous() and v.is_contiguous() and cos.is_contiguous() and sin.is_contiguous(), "rows must be contiguous"
     B, W, n_head, hs = q.shape
@@ -151,7 +151,7 @@ def write_kernel(
 
 
 def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Quest's bound for the newest row, summed over the group -> (B, n_kv_head, P) float32; pages not yet held are left as they are."""
+    """Quest's bound for the newest row, summed over the group -> (B, n_kv_head, P) float32; only pages held are written."""
     B, W, n_head, hs = q.shape
     n_kv_head, P, ps = cache.k.shape[1:4]
     scores = torch.empty(B, n_kv_head, P, device=q.device, dtype=torch.float32)
@@ -218,8 +218,8 @@ def pages_selected(t, SHARE: tl.constexpr, WHOLE: tl.constexpr, FLOOR: tl.conste
 
 
 def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top pages and the steps at which they were last loaded, two of (B, n_kv_head, S) int32. S is the most that any position
-    needs: the first `pages_selected(t)` entries are written, the others are left as they are. Then the exposure table says t."""
+    """Top pages and the steps at which they were last loaded, two of (B, n_kv_head, S) int32. S is the most that any
+    position needs; only the first `pages_selected(t)` are written. Then the exposure table says t."""
     B, n_kv_head, P = scores.shape
     S = cache.config.most_pages_selected(P * cache.config.page_size)
     pages, stamps = (torch.empty(B, n_kv_head, S, device=scores.device, dtype=torch.int32) for _ in range(2))
@@ -418,7 +418,7 @@ def attend_kernel(
 
 
 def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Merges the splits with each other and with the output cache, in place; returns (B, W, n_head, hs) in the model's dtype."""
+    """Merges the splits with each other and with the output cache, in place -> (B, W, n_head, hs) in the model's dtype."""
     splits, B, W, n_head, hs = o.shape
     merged = torch.empty(B, W, n_head, hs, device=o.device, dtype=cache.k.dtype)
     combine_kernel[(B * W * n_head,)](

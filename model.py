@@ -80,7 +80,7 @@ class Tokenizer:
         return cls(ranks)
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
-        """Ids of `text`; with `bos`, begin_of_text first. Names of special tokens in the text are plain text unless `special`."""
+        """Ids of `text`; with `bos`, begin_of_text first. Special tokens' names in the text are plain text unless `special`."""
         ids = self.bpe.encode(text, allowed_special="all") if special else self.bpe.encode_ordinary(text)
         return [self.bos] * bos + ids
 
@@ -120,7 +120,7 @@ def _read_params(folder: str | Path) -> dict:
 def _read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     path = _checkpoint_file(folder, "consolidated.00.pth")
     try:
-        # weights_only: a pickle could run code. mmap: a tensor comes off the disk when it is copied, so no second model in memory.
+        # weights_only: a pickle could run code. mmap: a tensor is read when it is copied: no second model in memory.
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: not a readable PyTorch file of weights ({type(error).__name__})") from None
@@ -162,7 +162,8 @@ class LlamaConfig:
                 raise ValueError(f"{name} must be a number > 0, not {getattr(self, name)!r}")
         if self.dim % self.n_head or self.n_head % self.n_kv_head or self.head_size % 2:
             raise ValueError(
-                f"dim {self.dim} must be an even multiple of n_head {self.n_head}, and that a multiple of n_kv_head {self.n_kv_head}"
+                f"dim {self.dim} must be an even multiple of n_head {self.n_head}, "
+                f"and n_head a multiple of n_kv_head {self.n_kv_head}"
             )
 
     @property
@@ -309,7 +310,10 @@ class Llama(nn.Module):
         dtype: torch.dtype = torch.float32,
         max_seq_len: int | None = None,
     ) -> "Llama":
-        """Loads Meta's format, `params.json` and `consolidated.00.pth`. Strict: ValueError names what is missing, foreign or misshapen."""
+        """Loads Meta's format, `params.json` and `consolidated.00.pth`; ValueError names what is missing, foreign or misshapen.
+
+        `max_seq_len` replaces the checkpoint's context. No tensor may be left over.
+        """
         params, weights = _read_params(folder), _read_weights(folder)
         if max_seq_len is not None:
             params["max_seq_len"] = max_seq_len
@@ -455,17 +459,16 @@ class Decoder:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, not {seed}")
         generator = torch.Generator(device=idx.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        n = min(max_new_tokens, self.max_seq_len - idx.shape[1])
-        return self._stream(
-            idx, n, partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator), stop_tokens
-        )
+        sample = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        # The checks are above and the loop is apart, so that a mistake shows at the call and not at the first token.
+        return self._stream(idx, min(max_new_tokens, self.max_seq_len - idx.shape[1]), sample, stop_tokens)
 
     def _stream(self, idx, n, sample, stop_tokens):
         stops = torch.tensor(stop_tokens, dtype=torch.long, device=idx.device)
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)  # (B,)
-        for i in range(n):
-            logits = self.step(token) if i else self.prefill(idx)
-            token = sample(logits)  # (B,)
+        token = None
+        for _ in range(n):
+            token = sample(self.prefill(idx) if token is None else self.step(token))  # (B,)
             if len(stops):
                 token = torch.where(ended, stops[0], token)
                 ended |= torch.isin(token, stops)

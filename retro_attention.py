@@ -6,11 +6,11 @@ and in the next layer they overwrite stale keys and values. A decode step theref
 new token and W-1 past ones, and in each layer does this:
 
     1. write    rotate q and k, append the new row's K and V, overwrite those of the past rows, refresh the page bounds
-    2. score    an upper bound of q.k over each page, for the newest query                      (Quest; section 2 of the paper)
-    3. select   the top pages of each KV head, and when each was last loaded                    (exposure table A)
+    2. score    an upper bound of q.k over each page, for the newest query                        (Quest's selection)
+    3. select   the top pages of each KV head, and when each was last loaded                      (exposure mask A)
     4. attend   one read of those pages serves all rows: the newest sees all of them,
-                a past row only what it has never seen                                          (supplementary output)
-    5. combine  merge past rows with their output so far, by log-sum-exp                        (output cache: pop, update, push)
+                a past row only what it has never seen                                            (supplementary output)
+    5. combine  merge past rows with their output so far, by log-sum-exp              (output cache: pop, update, push)
 
 The functions of the same names below are these steps; `RetroAttention` calls them in this order. `kernels.py` holds a Triton
 twin of each, with the same signature. W=1 is Quest. A layer that stays dense does 1, 4 over all pages, and 5 without a cache.
@@ -54,7 +54,7 @@ class RetroConfig:
 
     @property
     def budget_ratio(self) -> tuple[int, int]:
-        """The budget as it was written, 0.07 as 7 / 100: then 0.07 of 100 pages is 7, where floats come to 7.000000000000001."""
+        """The budget as it was written, 0.07 as 7 / 100: 0.07 of 100 pages is 7, where floats come to 7.000000000000001."""
         ratio = Fraction(str(self.budget)).limit_denominator(1_000_000)
         return ratio.numerator, ratio.denominator
 
@@ -140,7 +140,7 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
 
 
 def store(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> None:
-    """Puts the keys and values (B, T, n_kv_head, hs) of positions t-T+1 .. t into their pages and refreshes those pages' bounds."""
+    """Puts keys and values (B, T, n_kv_head, hs) of positions t-T+1 .. t into their pages and refreshes those pages' bounds."""
     first, ps = t + 1 - k.shape[1], cache.k.shape[3]
     cache.k.flatten(2, 3)[:, :, first : t + 1] = k.transpose(1, 2)
     cache.v.flatten(2, 3)[:, :, first : t + 1] = v.transpose(1, 2)

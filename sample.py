@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         for tokens in stream:
             tokens = tokens.tolist()
             report.token()
-            for text, token in zip(texts, tokens):
+            for text, token in zip(texts, tokens, strict=True):
                 if token not in tok.stop_tokens:
                     text.append(token)
             if texts[0] and tokens[0] not in tok.stop_tokens:
@@ -180,9 +180,9 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     try:
-        return run(parse_args())
+        return run(parse_args(argv))
     except ValueError as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         return 2

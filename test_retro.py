@@ -8,6 +8,7 @@ taken when each key was first seen. Two outputs over disjoint key sets are then 
 
 import base64
 import copy
+import itertools
 import json
 import math
 import os
@@ -557,28 +558,30 @@ def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
     return cache, gen
 
 
-# G, W, page size, hs, B, n_kv_head, t, min_tokens
-SHAPES = [
-    (1, 1, 8, 32, 1, 2, 97, 16),
-    (3, 2, 16, 32, 3, 1, 130, 16),
-    (4, 4, 8, 64, 1, 2, 71, 16),
-    (8, 8, 16, 32, 1, 1, 161, 32),
-    (8, 2, 32, 128, 1, 1, 255, 32),  # the last page is full
-    (4, 8, 8, 32, 3, 1, 64, 8),  # a new page starts; the window lies in two
-    (3, 4, 32, 64, 1, 1, 96, 64),
-    (1, 8, 16, 128, 1, 1, 40, 256),  # below the floor: all pages
-    (2, 8, 8, 32, 1, 1, 3, 16),  # more rows than tokens
-    (1, 2, 8, 32, 1, 1, 0, 8),  # the very first token
+# B, n_kv_head, t, min_tokens: where a sequence may stand
+PLACES = [
+    (1, 2, 97, 16),  # the last page is ragged
+    (3, 1, 127, 32),  # it is full
+    (1, 1, 64, 8),  # it has just begun, and the window lies in two pages
+    (1, 2, 40, 256),  # below the floor: all pages are selected
+    (3, 1, 3, 8),  # fewer tokens than rows, for the larger windows
+    (1, 1, 0, 8),  # the very first token
 ]
+SHAPES = list(itertools.product((1, 3, 4, 8), (1, 2, 4, 8), (8, 16, 32), (32, 64, 128)))  # G, W, page size, hs
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "G{}-W{}-ps{}-hs{}-B{}-kv{}-t{}-floor{}".format(*s))
-def test_kernels_equal_their_twins(shape, dtype):
-    """Each kernel, given what its twin is given, writes and returns the same; slots never written are NaN and stay out of it."""
+@pytest.mark.parametrize(
+    "i, shape", list(enumerate(SHAPES)), ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else ""
+)
+def test_kernels_equal_their_twins(i, shape):
+    """Each kernel, given what its twin is given, writes and returns the same; what was never written is NaN and stays out."""
+    # 144 shapes, 6 places and 2 or 3 dtypes: every pair of values meets, not every combination.
+    check_kernels(*shape, *PLACES[(i + i // 6) % 6], list(KERNEL_DTYPES)[(i + i // 3) % len(KERNEL_DTYPES)])
+
+
+def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype):
     import kernels
 
-    G, W, ps, hs, B, n_kv_head, t, min_tokens = shape
     config = RetroConfig(page_size=ps, budget=0.3, min_tokens=min_tokens, window=W)
     cache, gen = cache_at(config, B, n_kv_head, G, hs, t, dtype, seed=t)
     twin, position, held = copy.deepcopy(cache), torch.tensor(t, device=DEVICE), t // ps + 1
@@ -599,7 +602,12 @@ def test_kernels_equal_their_twins(shape, dtype):
     cache.k, cache.v, cache.k_min, cache.k_max = twin.k, twin.v, twin.k_min, twin.k_max
 
     scores = retro_attention.score(q, twin, position)
-    assert_close(kernels.score(q, cache, position)[:, :, :held], scores, torch.float32, "score")
+    # The terms of a score cancel: a rounding error is small against the sum of their sizes, not against the score.
+    sizes = torch.maximum(twin.k_min.abs(), twin.k_max.abs())[:, :, :held] * q[:, -1:].abs().view(B, n_kv_head, G, hs).sum(
+        2, True
+    )
+    error = (kernels.score(q, cache, position)[:, :, :held] - scores).abs()
+    assert (error <= 2e-6 * sizes.float().sum(-1)).all(), "score"
 
     room = torch.full(
         (B, n_kv_head, cache.k.shape[2]), torch.nan, device=DEVICE
@@ -648,8 +656,8 @@ def test_select_kernel_ties_and_extremes(kind):
     S = config.pages_selected(t)
     for found, wanted in zip(kernels.select(room, cache, position), (pages, stamps), strict=True):
         assert torch.equal(found[:, :, :S], wanted)
-    if kind != "huge":
-        assert pages[0, 0].tolist() == [0, 1, 2, 3, 11 + 1][:S] or pages[0, 0].tolist()[-1] == 12
+    if kind != "huge":  # 6 of 13 pages: the window's own, and the lowest of the others
+        assert pages.tolist() == [[[0, 1, 2, 3, 4, 12]] * 2] or kind != "equal"
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)

@@ -62,7 +62,7 @@ def ledger(rng: random.Random, n: int) -> tuple[str, str]:
 def chain(rng: random.Random, n: int) -> tuple[str, str]:
     """Question and answer of `n` lines (1 to len(NAMES))."""
     names = rng.sample(NAMES, n)  # who writes to whom: each to the next, the last to the first
-    lines = [f"{a} wrote to {b}.\n" for a, b in zip(names, names[1:] + names[:1])]
+    lines = [f"{a} wrote to {b}.\n" for a, b in zip(names, names[1:] + names[:1], strict=True)]
     return f"Letters\n{''.join(rng.sample(lines, n))}Follow the letters from {names[0]}\n", "".join(lines) + "\n"
 
 
@@ -78,7 +78,7 @@ def read_books(path: Path) -> list[str]:
 
 
 def book_tokens(data: Path, tok: Tokenizer) -> np.ndarray:
-    """All training books as one array of ids, end_of_text and begin_of_text between them; kept in DIR/tokens.npy or beside us."""
+    """All training books as one array of ids, each between begin_of_text and end_of_text; kept in ./tokens.npy."""
     cache = Path("tokens.npy")
     if not cache.exists():
         end = tok.special["<|end_of_text|>"]
@@ -192,7 +192,7 @@ def train(args):
     if args.state.exists():
         state = torch.load(args.state, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        for opt, saved in zip(opts, state["opts"]):
+        for opt, saved in zip(opts, state["opts"], strict=True):
             opt.load_state_dict(saved)
         step = state["step"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, step {step} of {args.steps}")
@@ -202,7 +202,7 @@ def train(args):
         torch.utils.data.DataLoader(windows, batch_size=args.batch, num_workers=args.workers, pin_memory=device == "cuda")
     )
     forward = torch.compile(model) if device == "cuda" else model
-    start, first, books_only = time.time(), step, []
+    start, first = time.time(), step
     while step < args.steps and time.time() - start < args.minutes * 60:
         for opt in opts:
             for group in opt.param_groups:
@@ -259,7 +259,7 @@ def evaluate(args):
             out = model.generate(idx, max_new_tokens=len(answer), retro=None, temperature=0)
             got = tok.decode(out[0, idx.shape[1] :].tolist()).split("\n")
             wanted = tok.decode(answer).rstrip("\n").split("\n")
-            right += sum(a == b for a, b in zip(got, wanted))
+            right += sum(a == b for a, b in zip(got, wanted, strict=False))
             total += len(wanted)
         print(f"{name}: {right} of {total} lines exactly right ({right / total:.1%}), {args.entries} entries")
 
