@@ -8,12 +8,19 @@ taken when each key was first seen. Two outputs over disjoint key sets are then 
 
 import base64
 import copy
+import io
 import itertools
 import json
 import math
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +32,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
 
 import retro_attention
+import sample
 from model import Decoder, Llama, LlamaConfig, Tokenizer, rope_table, sample_token
 from retro_attention import RetroAttention, RetroConfig, apply_rope, attend, merge, score, store
 
@@ -958,3 +966,135 @@ def test_a_file_that_is_not_weights_is_refused_and_not_run(tmp_path):
         file.writestr("x/version", "3\n")
     refused()
     assert not trap.exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+SHORT = [
+    "--prompt",
+    "It was a dark night",
+    "--max_new_tokens",
+    "40",
+    "--min_tokens",
+    "16",
+    "--page_size",
+    "8",
+    "--dense_layers",
+    "0",
+]
+
+
+def command(capsys, *args):
+    """Runs sample.py's main: exit code, stdout, stderr. Options repeated in args win over SHORT's."""
+    try:
+        code = sample.main([*SHORT, "--device", "cpu", *args])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_the_command_continues_the_prompt_and_reports_what_it_read(capsys):
+    """Same seed, same text; another seed, another; the report's counts are those of the positions decoded."""
+    code, text, report = command(capsys)
+    assert code == 0 and text.startswith("It was a dark night") and len(text) > 60
+    assert command(capsys)[1] == text != command(capsys, "--seed", "1")[1]
+    n = len(Tokenizer.from_checkpoint(TINY).encode("It was a dark night", bos=True))
+    assert "40 tokens, " in report and f"prompt of {n} tokens" in report and f"context {n + 40} of 4096" in report
+    counts = [pages_to_load(RetroConfig(page_size=8, min_tokens=16), t)[:2] for t in range(n, n + 39)]
+    read, held = np.mean(counts, axis=0)
+    assert read < held and f"{read:.1f} of {held:.1f} pages read" in report
+    assert "full attention" in command(capsys, "--attention", "full")[2]
+    quest = command(capsys, "--attention", "quest", "--temperature", "0")
+    assert "Quest, window 1" in quest[2] and "exposure 1.00x" in quest[2]
+    assert command(capsys, "--window", "1", "--temperature", "0")[1] == quest[1]
+
+
+def test_several_samples_differ_and_are_equal_when_greedy(capsys):
+    """A batch is as many texts: three different ones when sampling, three equal ones at temperature 0."""
+    for temperature, different in (("0.9", 3), ("0", 1)):
+        _, out, report = command(capsys, "--num_samples", "3", "--temperature", temperature)
+        texts = [text.strip() for text in out.split("---------------\n")]
+        assert len(texts) == 3 and len(set(texts)) == different and "120 tokens" in report
+
+
+def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
+    """FILE:path and - give what --prompt gives; an empty prompt starts from begin_of_text alone."""
+    wanted = command(capsys)[1]
+    (tmp_path / "prompt").write_text("It was a dark night")
+    assert command(capsys, "--prompt", f"FILE:{tmp_path}/prompt")[1] == wanted
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"It was a dark night")))
+    assert command(capsys, "--prompt", "-")[1] == wanted
+    code, text, report = command(capsys, "--prompt", "")
+    assert code == 0 and text and "prompt of 1 tokens" in report
+
+
+def test_the_end_of_the_context(capsys, monkeypatch):
+    """A text that fills the context stops there and says so; a prompt that leaves no room is refused."""
+    monkeypatch.setattr(Llama, "from_checkpoint", partial(Llama.from_checkpoint, max_seq_len=64))
+    code, _, report = command(capsys, "--max_new_tokens", "1000")
+    assert code == 0 and "The context of 64 tokens is full." in report and "context 64 of 64" in report
+    code, out, error = command(capsys, "--prompt", "It was " * 40)
+    assert code == 2 and not out and "must be between 1 and 63" in error
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--checkpoint", "nowhere"], "checkpoint nowhere: no such folder"),
+        (["--prompt", "FILE:nowhere"], "prompt file nowhere"),
+        (["--prompt", f"FILE:{TINY}/consolidated.00.pth"], "not UTF-8 at byte"),
+        (["--window", "0"], "window must be an integer >= 1"),
+        (["--window", "0", "--attention", "quest"], "window must be"),
+        (["--budget", "0", "--attention", "full"], r"in \(0, 1\], not 0"),
+        (["--budget", "1.5"], r"in \(0, 1\], not 1.5"),
+        (["--budget", "nan"], "not nan"),
+        (["--page_size", "12"], "power of two, not 12"),
+        (["--min_tokens", "0"], "min_tokens must be .* not 0"),
+        (["--dense_layers", "-1"], "dense_layers must be .* not -1"),
+        (["--dense_layers", "99"], "dense_layers must be between 0 and the model's .* not 99"),
+        (["--top_k", "0"], "top_k must be >= 1"),
+        (["--temperature", "-1"], "temperature must be >= 0, not -1"),
+        (["--top_p", "0"], r"top_p must be in \(0, 1\], not 0"),
+        (["--device", "abacus"], "device 'abacus': unknown"),
+        (["--device", "cuda:77"], "device 'cuda:77': not on this machine"),
+        (["--num_samples", "0"], "num_samples must be >= 1"),
+        (["--max_new_tokens", "0"], "max_new_tokens must be >= 1"),
+        (["--seed", "-1"], "seed must be"),
+        (["--impl", "cuda"], "--impl: invalid choice"),
+        (["--window", "two"], "--window: invalid int"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(capsys, args, message):
+    """Exit code 2, nothing on stdout, no traceback: the last line names the value and what is allowed."""
+    code, out, error = command(capsys, *args)
+    assert code == 2 and not out and "Traceback" not in error
+    assert re.search(message, error.strip().split("\n")[-1])
+
+
+def test_interrupt_keeps_the_text_and_reports(tmp_path):
+    """Ctrl-C: what was printed stays, the report follows, exit code 130."""
+    args = ["--prompt", "It was", "--max_new_tokens", "4000", "--temperature", "1"]
+    with open(tmp_path / "out", "wb") as out:
+        child = subprocess.Popen([sys.executable, TINY.parent / "sample.py", *args], stdout=out, stderr=subprocess.PIPE)
+        while child.poll() is None and (tmp_path / "out").stat().st_size < 100:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        report = child.communicate(timeout=60)[1].decode()
+    text = (tmp_path / "out").read_text()
+    assert child.returncode == 130 and "tokens/s" in report and "Traceback" not in report
+    assert text.startswith("It was") and text.endswith("\n") and len(text) >= 100
+
+
+def test_a_long_text_in_one_go():
+    """3,500 tokens: no error at any page's end, every logit finite, and not a byte more in the output cache."""
+    model = Llama.from_checkpoint(TINY)
+    decoder = Decoder(model, 1, RetroConfig(budget=0.05, min_tokens=32, window=8, dense_layers=1))
+    size = lambda: sum(x.numel() for layer in decoder.layers[1:] for x in (layer.cache.out, layer.cache.lse))  # noqa: E731
+    before, generator = size(), torch.Generator().manual_seed(0)
+    logits = decoder.prefill(torch.tensor([[0]]))
+    for _ in range(3500):
+        logits = decoder.step(sample_token(logits, 1.0, None, None, generator))
+    assert logits.isfinite().all() and size() == before and decoder.t == 3500
+    assert all(x.isfinite().all() for layer in decoder.layers[1:] for x in (layer.cache.out, layer.cache.lse))
