@@ -144,6 +144,11 @@ def run(args: argparse.Namespace) -> int:
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
     tok = Tokenizer.from_checkpoint(args.checkpoint)
     model = Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype)
+    if tok.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"checkpoint {args.checkpoint}: tokenizer.model has {tok.vocab_size} tokens with the special ones, "
+            f"the model {model.config.vocab_size}: they do not belong together"
+        )
     ids = tok.encode(prompt, bos=True)
     room = model.config.max_seq_len - len(ids)
     # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
@@ -183,12 +188,12 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     try:
         return run(parse_args(argv))
-    except ValueError as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader of our stdout has gone: nothing is left to say, not even by Python at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (ValueError, OSError) as error:  # OSError: a file that may not be read
+        print(f"sample.py: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
