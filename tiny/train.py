@@ -177,13 +177,25 @@ def initialise(model: Llama):
             torch.nn.init.normal_(p, std=0.02 * scale)
 
 
+def params_of(args, vocab_size: int) -> dict:
+    """What goes into params.json, in Meta's words; `max_seq_len` is our addition."""
+    return {
+        "dim": args.dim,
+        "n_layers": args.n_layer,
+        "n_heads": args.n_head,
+        "n_kv_heads": args.n_kv_head,
+        "vocab_size": vocab_size,
+        "multiple_of": 128,
+        "norm_eps": 1e-5,
+        "rope_theta": 50_000.0,
+        "max_seq_len": 4096,
+    }
+
+
 def train(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tok = Tokenizer.from_checkpoint(args.out)
-    params = {
-        "dim": args.dim, "n_layers": args.n_layer, "n_heads": args.n_head, "n_kv_heads": args.n_kv_head,
-        "vocab_size": tok.vocab_size, "multiple_of": 128, "norm_eps": 1e-5, "rope_theta": 50_000.0, "max_seq_len": 4096,
-    }  # fmt: skip
+    params = params_of(args, tok.vocab_size)
     torch.manual_seed(args.seed)
     model = Llama(LlamaConfig.from_params(params, tie_embeddings=True)).to(device)
     model.set_rope()
@@ -198,9 +210,16 @@ def train(args):
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, step {step} of {args.steps}")
 
     windows = Windows(book_tokens(args.data, tok), tok, args.context, args.task_share, args.sizes, args.seed + step)
-    batches = iter(
-        torch.utils.data.DataLoader(windows, batch_size=args.batch, num_workers=args.workers, pin_memory=device == "cuda")
-    )
+    batches = torch.utils.data.DataLoader(windows, args.batch, num_workers=args.workers, pin_memory=device == "cuda")
+    step = run(model, opts, iter(batches), step, device, args)
+    torch.save({"model": model.state_dict(), "opts": [opt.state_dict() for opt in opts], "step": step}, args.state)
+    weights = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
+    torch.save(weights, args.out / "consolidated.00.pth")
+    (args.out / "params.json").write_text(json.dumps(params) + "\n")
+
+
+def run(model, opts, batches, step: int, device: str, args) -> int:
+    """Trains until the last step or until the piece's minutes are over; returns the step it came to."""
     forward = torch.compile(model) if device == "cuda" else model
     start, first = time.time(), step
     while step < args.steps and time.time() - start < args.minutes * 60:
@@ -209,8 +228,7 @@ def train(args):
                 group["lr"] = args.lr * learning_rate(step, args)
         idx, targets = (x.to(device, non_blocking=True) for x in next(batches))
         with torch.autocast(device, dtype=torch.bfloat16):
-            logits = forward(idx)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            loss = F.cross_entropy(forward(idx).float().flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -220,48 +238,49 @@ def train(args):
         if step % args.log_every == 0:
             rate = (step - first) * idx.numel() / (time.time() - start)
             print(f"step {step} loss {loss.item():.3f} {rate:.0f} tokens/s {time.time() - start:.0f} s", flush=True)
-    state = {"model": model.state_dict(), "opts": [opt.state_dict() for opt in opts], "step": step}
-    torch.save(state, args.state)
-    torch.save(
-        {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}, args.out / "consolidated.00.pth"
-    )
-    (args.out / "params.json").write_text(json.dumps(params) + "\n")
+    return step
+
+
+def bits_per_byte(model: Llama, tok: Tokenizer, books: list[str], device: str) -> float:
+    """Log-likelihood of each book's tokens in windows of the whole context, each window behind begin_of_text."""
+    context = model.config.max_seq_len
+    nats = 0.0
+    for book in books:
+        ids = tok.encode(book)
+        for start in range(0, len(ids), context - 1):
+            window = torch.tensor([[tok.bos, *ids[start : start + context - 1]]], device=device)
+            nats += F.cross_entropy(model(window)[0, :-1].float(), window[0, 1:], reduction="sum").item()
+    return nats / math.log(2) / sum(len(book.encode()) for book in books)
+
+
+def task_lines(model: Llama, tok: Tokenizer, name: str, book: str, device: str, args) -> tuple[int, int]:
+    """Lines exactly right and lines asked for, greedy and free-running with full attention; every second question stands
+    behind 1,024 tokens of a book, the others behind another task and its answer (as far as the context has room)."""
+    rng, text = random.Random(args.seed), tok.encode(book)
+    right = total = 0
+    for i in range(args.questions):
+        question, answer = TASKS[name](rng, args.entries)
+        ids, n = tok.encode(question), len(tok.encode(answer))
+        room = model.config.max_seq_len - len(ids) - n - 1
+        start = rng.randrange(len(text) - 1024)
+        before = text[start : start + 1024] if i % 2 else tok.encode("".join(rng.choice(list(TASKS.values()))(rng, 32)))
+        idx = torch.tensor([[tok.bos, *before[:room], *ids]], device=device)
+        out = model.generate(idx, max_new_tokens=n, retro=None, temperature=0)
+        got, wanted = tok.decode(out[0, idx.shape[1] :].tolist()).split("\n"), answer.split("\n")[: args.entries]
+        right += sum(a == b for a, b in zip(got, wanted, strict=False))
+        total += len(wanted)
+    return right, total
 
 
 @torch.inference_mode()
 def evaluate(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tok = Tokenizer.from_checkpoint(args.out)
-    model = Llama.from_checkpoint(args.out, device=device)
-    context = model.config.max_seq_len
-    nats = total_bytes = 0
-    for book in read_books(args.data / "heldout.txt.xz"):
-        ids = tok.encode(book)
-        for start in range(0, len(ids), context - 1):
-            window = torch.tensor([[tok.bos, *ids[start : start + context - 1]]], device=device)
-            nats += F.cross_entropy(model(window)[0, :-1].float(), window[0, 1:], reduction="sum").item()
-        total_bytes += len(book.encode())
-    print(
-        f"held-out books: {nats / math.log(2) / total_bytes:.4f} bits per byte over {total_bytes} bytes, windows of {context}"
-    )
-
-    # Full attention, free-running: half of the questions stand behind book text, half behind another task.
-    rng, front = random.Random(args.seed), tok.encode(read_books(args.data / "heldout.txt.xz")[0])
-    for name, task in TASKS.items():
-        right = total = 0
-        for i in range(args.questions):
-            question, answer = (tok.encode(text) for text in task(rng, args.entries))
-            room = context - len(question) - len(answer) - 1
-            start = rng.randrange(len(front) - room)
-            other = tok.encode("".join(rng.choice(list(TASKS.values()))(rng, 32)))
-            before = front[start : start + min(room, 1024)] if i % 2 else other[:room]
-            idx = torch.tensor([[tok.bos, *before, *question]], device=device)
-            out = model.generate(idx, max_new_tokens=len(answer), retro=None, temperature=0)
-            got = tok.decode(out[0, idx.shape[1] :].tolist()).split("\n")
-            wanted = tok.decode(answer).rstrip("\n").split("\n")
-            right += sum(a == b for a, b in zip(got, wanted, strict=False))
-            total += len(wanted)
-        print(f"{name}: {right} of {total} lines exactly right ({right / total:.1%}), {args.entries} entries")
+    model, tok = Llama.from_checkpoint(args.out, device=device), Tokenizer.from_checkpoint(args.out)
+    books = read_books(args.data / "heldout.txt.xz")
+    print(f"held-out books: {bits_per_byte(model, tok, books, device):.4f} bits per byte", flush=True)
+    for name in TASKS:
+        right, total = task_lines(model, tok, name, books[0], device, args)
+        print(f"{name}: {right} of {total} lines exactly right ({right / total:.1%}), {args.entries} entries", flush=True)
 
 
 def main():
