@@ -10,7 +10,7 @@ Below each function `step` that checks, allocates and launches stands its kernel
 sizes of the cache and never on the position: `t` is loaded inside, so nothing waits for the device and a whole step can
 become a CUDA graph. What is stored behind position t is never read into a result.
 
-Bytes are counted for one layer and one step, e for the element size; "all" is B * n_kv_head.
+Bytes are those of one layer and one step; e is the element size, and "all" stands for B * n_kv_head.
 
 On a machine without a GPU, TRITON_INTERPRET=1 (set before Python starts) runs every kernel line by line in NumPy, with
 breakpoint() and print where you like. There, tl.dot is right in float32 and float16 and wrong in bfloat16.
@@ -101,8 +101,11 @@ def write_kernel(
     HS: tl.constexpr,
     TOUCHED: tl.constexpr,
 ):
-    """Reads W rows of q, k, v: B * W * (n_head + 2 n_kv_head) * hs * e bytes; writes as many, into q_rotated and the cache; and
-    reads the touched pages' keys and writes their bounds: all * TOUCHED * (ps + 2) * hs * e."""
+    """q, k = rope(q), rope(k); K[rows], V[rows] = k, v; bounds[touched pages] = min, max of their keys
+
+    Grid (B, n_head + n_kv_head): a program has one head and its W rows. Reads and writes B * W * (n_head + 2 n_kv_head) * hs
+    * e bytes each way, and for the bounds all * TOUCHED * (ps + 2) * hs * e more.
+    """
     b, head = tl.program_id(0), tl.program_id(1)
     last = tl.load(t)
     w = tl.arange(0, ROWS)  # (ROWS,) W of them are rows
@@ -177,7 +180,11 @@ def score_kernel(
     HS: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """Reads the bounds of the pages held: all * pages * 2 * hs * e bytes; writes all * pages * 4."""
+    """score_j = sum over the group's q and all i of max(q_i * k_min_ji, q_i * k_max_ji)
+
+    Grid (B * n_kv_head, blocks of PAGES pages); blocks beyond the pages held return at once. Reads the bounds of the pages
+    held, all * held * 2 * hs * e bytes; writes all * held * 4.
+    """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // n_kv_head, bh % n_kv_head
     held = tl.load(t) // PS + 1
@@ -257,7 +264,11 @@ def select_kernel(
     PS: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Reads all * pages * 4 bytes of scores and all * S * 4 of stamps; writes all * S * 12."""
+    """pages = top-k(score); stamps = A[pages]; A[pages] = t
+
+    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads all * held * 4 bytes of scores and all * k * 4 of
+    stamps, writes all * k * 12, with k = pages_selected(t).
+    """
     bh = tl.program_id(0).to(tl.int64)
     last = tl.load(t)
     held = last // PS + 1
@@ -308,7 +319,7 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
     S = P if pages is None else pages.shape[2]
     KEYS = 64
     # Enough programs to fill the GPU twice, but none with less than a tile of keys to read.
-    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 3
     splits = max(1, min(triton.cdiv(programs, B * n_kv_head), triton.cdiv(S * ps, KEYS)))
     o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
     lse = torch.empty(splits, B, W, n_head, device=q.device, dtype=torch.float32)
@@ -362,8 +373,11 @@ def attend_kernel(
     HS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Reads the selected pages once for all W * G rows: all * S * ps * 2 * hs * e bytes; writes splits * B * W * n_head *
-    (hs + 1) * 4."""
+    """o = softmax(q . K / sqrt(hs)) V and its lse, over the keys at j <= p in pages with stamp < p, for the row at position p
+
+    Grid (splits, B * n_kv_head): a program has all W * G rows of a KV head and a share of its pages. Reads each selected page
+    once, all * k * ps * 2 * hs * e bytes with k = pages_selected(t); writes splits * B * W * n_head * (hs + 1) * 4.
+    """
     split, splits = tl.program_id(0), tl.num_programs(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // n_kv_head, bh % n_kv_head
@@ -453,7 +467,11 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     HS: tl.constexpr,
 ):
-    """Reads (splits + 1) * B * W * n_head * (hs + 1) * 4 bytes; writes B * W * n_head * ((hs + 1) * 4 + hs * e)."""
+    """lse = log(sum of exp(lse_i)); o = sum of exp(lse_i - lse) * o_i, over the splits and the output cache
+
+    Grid (B * W * n_head,): a program has one row of one head. Reads (splits + 1) * B * W * n_head * (hs + 1) * 4 bytes, writes
+    B * W * n_head * ((hs + 1) * 4 + hs * e).
+    """
     row = tl.program_id(0).to(tl.int64)  # in (B, W, n_head)
     head, w, b = row % n_head, row // n_head % W, row // (n_head * W)
     i, split = tl.arange(0, HS), tl.arange(0, SPLITS)

@@ -574,7 +574,7 @@ def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
 
 # B, n_kv_head, t, min_tokens: where a sequence may stand
 PLACES = [
-    (1, 2, 397, 200),  # several tiles a split; the last page is ragged
+    (1, 1, 397, 200),  # several tiles a split; the last page is ragged
     (3, 1, 127, 32),  # it is full
     (1, 1, 64, 8),  # it has just begun, and the window lies in two pages
     (1, 2, 40, 256),  # below the floor: all pages are selected
