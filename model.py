@@ -15,8 +15,9 @@ import binascii
 import json
 import math
 import pickle
+import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,8 +32,26 @@ from retro_attention import RetroAttention, RetroConfig, apply_rope
 # Tokenizer
 
 
+def _byte_table() -> dict[str, int]:
+    """GPT-2's way to write bytes as characters, in tokenizer.json: printable ones as themselves, the others from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF = _byte_table()
+
+
+def _token_bytes(token: str) -> bytes:
+    return bytes(BYTE_OF[character] for character in token)
+
+
 class Tokenizer:
-    """Byte-level BPE in Llama 3's file format: one "<token in base64> <rank>" a line; 256 special tokens follow the ranks."""
+    """Byte-level BPE on tiktoken.
+
+    From Llama 3's `tokenizer.model`, a line "<token in base64> <rank>" for each token, with 256 special tokens behind them; or
+    from the `tokenizer.json` of a Hugging Face folder, with that file's split pattern and special tokens.
+    """
 
     # Llama 3's split of a text into pieces, inside which BPE merges.
     pattern = (
@@ -55,17 +74,32 @@ class Tokenizer:
         *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
     ]
 
-    def __init__(self, ranks: dict[bytes, int]):
-        self.special = {name: len(ranks) + i for i, name in enumerate(self.special_names)}
-        self.bpe = tiktoken.Encoding("llama3", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special)
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        special: dict[str, int] | None = None,
+        pattern: str = pattern,
+        bos: int | None = None,
+        stop_tokens: Sequence[int] | None = None,
+        normalize: bool = False,
+    ):
+        """`ranks` of the byte-pair tokens, which are their ids; without `special`, Llama 3's special tokens follow them."""
+        if special is None:
+            special = {name: len(ranks) + i for i, name in enumerate(self.special_names)}
+            bos = special["<|begin_of_text|>"]
+            # A generation ends with the text, with a message, or with a turn.
+            stop_tokens = [special[s] for s in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+        self.special, self.bos, self.stop_tokens, self.normalize = special, bos, list(stop_tokens or ()), normalize
+        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = self.bpe.n_vocab
-        self.bos = self.special["<|begin_of_text|>"]
-        # A generation ends with the text, with a message, or with a turn.
-        self.stop_tokens = [self.special[s] for s in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path) -> "Tokenizer":
-        """Reads `folder/tokenizer.model`. ValueError if it is missing or not in Llama 3's format."""
+        """Reads `tokenizer.model`, or `tokenizer.json` in a Hugging Face folder. ValueError if it is missing or something else."""
+        return cls._from_json(folder) if _is_hugging_face(folder) else cls._from_ranks(folder)
+
+    @classmethod
+    def _from_ranks(cls, folder: str | Path) -> "Tokenizer":
         path = _checkpoint_file(folder, "tokenizer.model")
         ranks = {}
         # Not tiktoken's own loader: it caches by path, and would miss that a file has changed.
@@ -79,10 +113,38 @@ class Tokenizer:
             raise ValueError(f"{path}: the ranks must be 0 .. n-1 and the 256 single bytes among the tokens")
         return cls(ranks)
 
+    @classmethod
+    def _from_json(cls, folder: str | Path) -> "Tokenizer":
+        """A byte-level BPE. tiktoken merges by rank where the file lists merges: the same, as long as the two orders agree."""
+        file = _read_json(folder, "tokenizer.json")
+        try:
+            special = {token["content"]: token["id"] for token in file["added_tokens"]}
+            ranks = {_token_bytes(t): i for t, i in file["model"]["vocab"].items() if t not in special}
+            splits = [p["pattern"]["Regex"] for p in file["pre_tokenizer"]["pretokenizers"] if p["type"] == "Split"]
+            merges = [m if isinstance(m, list) else m.split(" ") for m in file["model"]["merges"]]
+            merged = [ranks[_token_bytes(a + b)] for a, b in merges]
+            normalizer = (file.get("normalizer") or {}).get("type")
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"checkpoint {folder}: tokenizer.json is not a byte-level BPE") from None
+        if len(splits) != 1 or normalizer not in (None, "NFC") or merged != sorted(merged):
+            raise ValueError(f"checkpoint {folder}: tokenizer.json is a BPE of another kind than Llama 3's or Qwen's")
+        ids = {}  # of begin and end of text; a generation may end with several
+        for name in ("config.json", "generation_config.json"):
+            if (Path(folder) / name).is_file():
+                ids |= {k: v for k, v in _read_json(folder, name).items() if k in ("bos_token_id", "eos_token_id")}
+        stops = ids.get("eos_token_id") or []
+        # Qwen names a begin-of-text token but never puts it in front of a text; its post-processor knows.
+        starts = json.dumps(file.get("post_processor") or {})
+        bos = next((i for name, i in special.items() if i == ids.get("bos_token_id") and json.dumps(name) in starts), None)
+        stops = stops if isinstance(stops, list) else [stops]
+        return cls(ranks, special, splits[0], bos, stops, normalize=normalizer == "NFC")
+
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`; with `bos`, begin_of_text first. Special tokens' names in the text are plain text unless `special`."""
+        if self.normalize:
+            text = unicodedata.normalize("NFC", text)
         ids = self.bpe.encode(text, allowed_special="all") if special else self.bpe.encode_ordinary(text)
-        return [self.bos] * bos + ids
+        return [self.bos] * (bos and self.bos is not None) + ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -106,19 +168,27 @@ def _checkpoint_file(folder: str | Path, name: str) -> Path:
     return path
 
 
-def _read_params(folder: str | Path) -> dict:
-    path = _checkpoint_file(folder, "params.json")
+def _read_json(folder: str | Path, name: str) -> dict:
+    path = _checkpoint_file(folder, name)
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(params, dict):
-        raise ValueError(f"{path}: a JSON object was expected, not {type(params).__name__}")
-    return params
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path}: a JSON object was expected, not {type(contents).__name__}")
+    return contents
 
 
-def _read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+def _is_hugging_face(folder: str | Path) -> bool:
+    """Hugging Face's format, unless the folder holds Meta's."""
+    return (Path(folder) / "config.json").is_file() and not (Path(folder) / "params.json").is_file()
+
+
+def _read_pth(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Meta's consolidated.00.pth."""
     path = _checkpoint_file(folder, "consolidated.00.pth")
+    if (path.parent / "consolidated.01.pth").exists():
+        raise ValueError(f"checkpoint {folder}: several consolidated.*.pth: models split over GPUs are not supported")
     try:
         # weights_only: a pickle could run code. mmap: a tensor is read when it is copied: no second model in memory.
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -131,6 +201,86 @@ def _read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: a dictionary of tensors was expected, names to dense floating-point numbers")
     weights.pop("rope.freqs", None)  # in Meta's older files; we compute it
     return weights
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """One file: the header's length in 8 bytes, the header in JSON, the tensors' bytes, mapped and read when copied."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise ValueError(f"{path}: a header of {length} bytes in a file of {size}: truncated, or not safetensors")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{path}: the header is not safetensors' JSON") from None
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    tensors = {}
+    for name, (dtype, shape, start, end) in entries.items():
+        if dtype not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {dtype}: must be one of {', '.join(SAFETENSORS_DTYPES)}")
+        dtype = SAFETENSORS_DTYPES[dtype]
+        if not 0 <= start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: {name} of shape {shape} lies at bytes {start} to {end} of {len(data)}: truncated?")
+        raw = data[start:end]
+        tensors[name] = (raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()).view(dtype).view(shape)
+    return tensors
+
+
+def _read_hugging_face(folder: str | Path) -> dict[str, torch.Tensor]:
+    """All *.safetensors of a folder, or those that model.safetensors.index.json names, under Meta's names."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    index = {}
+    if (Path(folder) / "model.safetensors.index.json").is_file():
+        index = _read_json(folder, "model.safetensors.index.json").get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise ValueError(f"checkpoint {folder}: model.safetensors.index.json has no weight_map")
+        files = [_checkpoint_file(folder, name) for name in sorted(set(index.values()))]
+    if not files:
+        raise ValueError(f"checkpoint {folder}: model.safetensors is missing")
+    weights = {}
+    for path in files:
+        weights |= _read_safetensors(path)
+    for name in index:
+        if name not in weights:
+            raise ValueError(f"checkpoint {folder}: the index names {name}, which {index[name]} does not hold")
+    return {_meta_name(name): w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+META_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "model.layers": "layers",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def _meta_name(name: str) -> str:
+    for theirs, ours in META_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _pair_neighbours(w: torch.Tensor, head_size: int) -> torch.Tensor:
+    """Rows of Hugging Face's q or k projection, or its bias, in Meta's order.
+
+    Theirs pairs element i of a head with i + hs / 2, ours with its neighbour. Attention is the same: q and k move together.
+    """
+    return w.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,25 +300,25 @@ class LlamaConfig:
     max_seq_len: int
     norm_eps: float = 1e-5
     rope_theta: float = 500_000.0
-    rope_scaling: float | None = None  # Llama 3.1's factor (8), None before it
+    rope_scaling: float | None = None  # Llama 3.1's factor (8; in 3.2, 32), None before it
     tie_embeddings: bool = False  # the output head is the embedding table
+    head_size: int | None = None  # dim / n_head if None
+    qkv_bias: bool = False  # Qwen 2.5
 
     def __post_init__(self):
+        if self.head_size is None and isinstance(self.dim, int) and isinstance(self.n_head, int) and self.n_head > 0:
+            self.head_size = self.dim // self.n_head if self.dim % self.n_head == 0 else None
         for name in ("dim", "n_layer", "n_head", "n_kv_head", "vocab_size", "ffn_dim", "max_seq_len"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, not {getattr(self, name)!r}")
         for name in ("norm_eps", "rope_theta"):
             if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number > 0, not {getattr(self, name)!r}")
-        if self.dim % self.n_head or self.n_head % self.n_kv_head or self.head_size % 2:
+        if not self.head_size or self.head_size % 2 or self.n_head % self.n_kv_head:
             raise ValueError(
-                f"dim {self.dim} must be an even multiple of n_head {self.n_head}, "
+                f"dim {self.dim} must be an even multiple of n_head {self.n_head} (or head_size given, and even), "
                 f"and n_head a multiple of n_kv_head {self.n_kv_head}"
             )
-
-    @property
-    def head_size(self) -> int:
-        return self.dim // self.n_head
 
     @classmethod
     def from_params(cls, params: dict, tie_embeddings: bool = False) -> "LlamaConfig":
@@ -197,6 +347,48 @@ class LlamaConfig:
             tie_embeddings=tie_embeddings,
         )
 
+    @classmethod
+    def from_hugging_face(cls, config: dict) -> "LlamaConfig":
+        """From the keys of config.json (Llama, Qwen 2 and 2.5). ValueError names what is missing or not supported."""
+        # What we don't do, and the one value of each key that doesn't ask for it.
+        for key, wanted in (
+            ("hidden_act", "silu"),
+            ("use_sliding_window", False),
+            ("mlp_bias", False),
+            ("attention_bias", False),
+        ):
+            if config.get(key, wanted) != wanted:
+                raise ValueError(f"config.json: {key} {config[key]!r} is not supported: must be {wanted!r}")
+        if config.get("quantization_config") is not None:
+            raise ValueError("config.json: quantization_config: quantised weights are not supported")
+        if config.get("model_type") not in ("llama", "qwen2"):
+            raise ValueError(f"config.json: model_type must be llama or qwen2, not {config.get('model_type')!r}")
+        needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size", "rms_norm_eps")
+        for key in (*needed, "max_position_embeddings"):
+            if key not in config:
+                raise ValueError(f"config.json: {key} is missing")
+        # rope_theta beside rope_scaling in published checkpoints, rope_parameters as transformers 5 writes them
+        rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        llama3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+        if kind not in ("default", "llama3") or kind == "llama3" and any(rope.get(key) != n for key, n in llama3.items()):
+            raise ValueError(f"config.json: rope {rope} is not supported: rope_type must be default, or llama3 with {llama3}")
+        return cls(
+            dim=config["hidden_size"],
+            n_layer=config["num_hidden_layers"],
+            n_head=config["num_attention_heads"],
+            n_kv_head=config.get("num_key_value_heads") or config["num_attention_heads"],
+            vocab_size=config["vocab_size"],
+            ffn_dim=config["intermediate_size"],
+            max_seq_len=config["max_position_embeddings"],
+            norm_eps=config["rms_norm_eps"],
+            rope_theta=rope.get("rope_theta"),
+            rope_scaling=rope.get("factor") if kind == "llama3" else None,
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            head_size=config.get("head_dim"),
+            qkv_bias=config["model_type"] == "qwen2",
+        )
+
 
 def rope_table(config: LlamaConfig, device: torch.device | str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every position and pair, (max_seq_len, hs / 2) each; with Llama 3.1's scaling if the config has it.
@@ -220,9 +412,9 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.hs = config.n_head, config.n_kv_head, config.head_size
-        self.wq = nn.Linear(config.dim, config.n_head * self.hs, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_head * self.hs, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_head * self.hs, bias=False)
+        self.wq = nn.Linear(config.dim, config.n_head * self.hs, bias=config.qkv_bias)
+        self.wk = nn.Linear(config.dim, config.n_kv_head * self.hs, bias=config.qkv_bias)
+        self.wv = nn.Linear(config.dim, config.n_kv_head * self.hs, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_head * self.hs, config.dim, bias=False)
 
     def forward(self, x, cos, sin, retro: RetroAttention | None = None, t: torch.Tensor | None = None):
@@ -310,14 +502,20 @@ class Llama(nn.Module):
         dtype: torch.dtype = torch.float32,
         max_seq_len: int | None = None,
     ) -> "Llama":
-        """Loads Meta's format, `params.json` and `consolidated.00.pth`; ValueError names what is missing, foreign or misshapen.
+        """Loads Meta's format (`params.json`, `consolidated.00.pth`) or Hugging Face's (`config.json`, `*.safetensors`).
 
-        `max_seq_len` replaces the checkpoint's context. No tensor may be left over.
+        `max_seq_len` replaces the checkpoint's context. Strict: ValueError names what is missing, foreign or misshapen.
         """
-        params, weights = _read_params(folder), _read_weights(folder)
+        hugging_face = _is_hugging_face(folder)
+        if hugging_face:
+            config, weights = LlamaConfig.from_hugging_face(_read_json(folder, "config.json")), _read_hugging_face(folder)
+            if config.tie_embeddings:
+                weights.pop("output.weight", None)  # the embedding table once more, in some files
+        else:
+            params, weights = _read_json(folder, "params.json"), _read_pth(folder)
+            config = LlamaConfig.from_params(params, tie_embeddings="output.weight" not in weights)
         if max_seq_len is not None:
-            params["max_seq_len"] = max_seq_len
-        config = LlamaConfig.from_params(params, tie_embeddings="output.weight" not in weights)
+            config = replace(config, max_seq_len=max_seq_len)
         with torch.device("meta"):  # no memory and no random numbers for weights that are overwritten
             model = cls(config)
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -329,8 +527,11 @@ class Llama(nn.Module):
                     f"the file has {found.get(name, 'no such tensor')}"
                 )
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        for name, p in model.named_parameters():
-            p.copy_(weights[name])
+        parameters = dict(model.named_parameters())
+        for name in list(weights):  # in the files' order, dropping each: a file's memory map goes with its last tensor
+            w = weights.pop(name)
+            rotated = ("wq.weight", "wk.weight", "wq.bias", "wk.bias")
+            parameters[name].copy_(_pair_neighbours(w, config.head_size) if hugging_face and name.endswith(rotated) else w)
         model.set_rope()
         return model
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import Llama, LlamaConfig, Tokenizer  # noqa: E402
+from model import BYTE_OF, Llama, LlamaConfig, Tokenizer  # noqa: E402
 
 NAMES = (
     "Ada Adam Agnes Alan Albert Alfred Alice Alma Amos Amy Andrew Anna Anne Anton Arthur Ashley Barbara Basil Beatrice Ben "
@@ -145,12 +145,8 @@ def train_tokenizer(args):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=args.vocab_size - 256, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(read_books(args.data / "train.txt.xz") + tasks, trainer)
-    # The library writes bytes as printable characters: GPT-2's table, the printable ones as themselves, the rest from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in printable]
-    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
     by_rank = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    lines = [base64.b64encode(bytes(byte[c] for c in token)) + b" %d\n" % rank for token, rank in by_rank]
+    lines = [base64.b64encode(bytes(BYTE_OF[c] for c in token)) + b" %d\n" % rank for token, rank in by_rank]
     (args.out / "tokenizer.model").write_bytes(b"".join(lines))
     print(f"{len(lines)} tokens -> {args.out / 'tokenizer.model'}")
 
