@@ -6,11 +6,16 @@
     4. attend   grid (splits, B * n_kv_head)         flash attention of W * G rows over a share of the selected pages
     5. combine  grid (B * W * n_head,)               merges the splits and the output cache
 
+For a reader new to Triton: a kernel runs once for each *program* of its grid, and `tl.program_id` says which. Arguments named
+like tensors are pointers to their first element; a pointer plus a block of offsets is a block of addresses, of which those
+whose mask is false read `other` and write nothing. `tl.constexpr` arguments are compiled in. The threads of a program share
+its blocks; they see each other's stores to memory only behind a barrier, those of other programs not at all.
+
 Below each function `step` that checks, allocates and launches stands its kernel `step_kernel`. Grids and shapes depend on the
 sizes of the cache and never on the position: `t` is loaded inside, so nothing waits for the device and a whole step can
 become a CUDA graph. What is stored behind position t is never read into a result.
 
-Bytes are those of one layer and one step; e is the element size, and "all" stands for B * n_kv_head.
+Bytes are those of one layer and one step; e is the element size, heads = B * n_kv_head.
 
 On a machine without a GPU, TRITON_INTERPRET=1 (set before Python starts) runs every kernel line by line in NumPy, with
 breakpoint() and print where you like. There, tl.dot is right in float32 and float16 and wrong in bfloat16.
@@ -25,24 +30,13 @@ from retro_attention import LayerCache, RetroConfig
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
 
 
-def check(q: torch.Tensor, cache: LayerCache) -> None:
-    """ValueError where the kernels cannot follow the reference."""
-    hs, dtype = q.shape[-1], q.dtype
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"impl triton: dtype must be float32, float16 or bfloat16, not {dtype}; impl torch takes any")
-    if hs < 16 or hs & (hs - 1):
-        raise ValueError(f"impl triton: head_size must be a power of two >= 16, not {hs}; impl torch takes any")
-    assert q.is_contiguous() and cache.k.is_contiguous() and cache.v.is_contiguous(), "q and the cache must be contiguous"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. write
 
 
 def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     """Rotates q and k, puts the window's rows of k and v into the cache, refreshes the touched bounds; returns rotated q."""
-    check(q, cache)
-    assert k.is_contiguous() and v.is_contiguous() and cos.is_contiguous() and sin.is_contiguous(), "rows must be contiguous"
+    assert all(x.is_contiguous() for x in (q, k, v, cos, sin, cache.k, cache.v)), "rows, angles and cache must be contiguous"
     B, W, n_head, hs = q.shape
     n_kv_head, P, ps = cache.k.shape[1:4]
     q_rotated = torch.empty_like(q)
@@ -91,7 +85,7 @@ def write_kernel(
     cache_v,
     k_min,
     k_max,
-    t,
+    t_ptr,
     P,
     n_head,
     n_kv_head,
@@ -104,27 +98,27 @@ def write_kernel(
     """q, k = rope(q), rope(k); K[rows], V[rows] = k, v; bounds[touched pages] = min, max of their keys
 
     Grid (B, n_head + n_kv_head): a program has one head and its W rows. Reads and writes B * W * (n_head + 2 n_kv_head) * hs
-    * e bytes each way, and for the bounds all * TOUCHED * (ps + 2) * hs * e more.
+    * e bytes each way, and for the bounds heads * TOUCHED * (ps + 2) * hs * e more.
     """
     b, head = tl.program_id(0), tl.program_id(1)
-    last = tl.load(t)
+    t = tl.load(t_ptr)
     w = tl.arange(0, ROWS)  # (ROWS,) W of them are rows
     i, half = tl.arange(0, HS), tl.arange(0, HS // 2)
-    position = last - W + 1 + w  # (ROWS,)
+    position = t - W + 1 + w  # (ROWS,)
     real = (w < W) & (position >= 0)  # (ROWS,)
     angles = position[:, None] * (HS // 2) + half[None, :]  # (ROWS, HS / 2)
-    c = tl.load(cos + angles, mask=real[:, None], other=1.0).to(tl.float32)  # (ROWS, HS / 2)
-    s = tl.load(sin + angles, mask=real[:, None], other=0.0).to(tl.float32)  # (ROWS, HS / 2)
+    cos_rows = tl.load(cos + angles, mask=real[:, None], other=1.0).to(tl.float32)  # (ROWS, HS / 2)
+    sin_rows = tl.load(sin + angles, mask=real[:, None], other=0.0).to(tl.float32)  # (ROWS, HS / 2)
 
     if head < n_head:
         rows = ((b * W + w[:, None]) * n_head + head) * HS + i[None, :]  # (ROWS, HS)
         x = tl.load(q + rows, mask=(w < W)[:, None], other=0.0)
-        tl.store(q_rotated + rows, rotate(x, c, s, ROWS, HS).to(x.dtype), mask=(w < W)[:, None])
+        tl.store(q_rotated + rows, rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype), mask=(w < W)[:, None])
     else:
         h = head - n_head
         rows = ((b * W + w[:, None]) * n_kv_head + h) * HS + i[None, :]  # (ROWS, HS)
         x = tl.load(k + rows, mask=real[:, None], other=0.0)
-        x = rotate(x, c, s, ROWS, HS).to(x.dtype)  # (ROWS, HS)
+        x = rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype)  # (ROWS, HS)
         first_page = (b * n_kv_head + h).to(tl.int64) * P  # of this head
         slots = first_page * PS * HS + position[:, None] * HS + i[None, :]  # (ROWS, HS)
         tl.store(cache_k + slots, x, mask=real[:, None])
@@ -132,10 +126,10 @@ def write_kernel(
 
         # Bounds: the window's keys are at hand, only the page's earlier ones are read (no barrier after the store above).
         offset = tl.arange(0, PS)
-        page = tl.maximum(last - W + 1, 0) // PS
+        page = tl.maximum(t - W + 1, 0) // PS
         for _ in tl.static_range(TOUCHED):
             earlier = page * PS + offset  # (PS,) positions
-            known = (earlier < last - W + 1)[:, None]  # (PS, 1)
+            known = (earlier < t - W + 1)[:, None]  # (PS, 1)
             keys = tl.load(cache_k + first_page * PS * HS + earlier[:, None] * HS + i[None, :], mask=known, other=0.0)
             inside = (real & (position // PS == page))[:, None]  # (ROWS, 1)
             low = tl.min(tl.where(known, keys, float("inf")).to(tl.float32), axis=0)  # (HS,)
@@ -143,7 +137,7 @@ def write_kernel(
             high = tl.max(tl.where(known, keys, float("-inf")).to(tl.float32), axis=0)  # (HS,)
             high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")).to(tl.float32), axis=0))
             bound = (first_page + page) * HS + i  # (HS,)
-            if page * PS <= last:
+            if page * PS <= t:
                 tl.store(k_min + bound, low.to(x.dtype))
                 tl.store(k_max + bound, high.to(x.dtype))
             page += 1
@@ -158,7 +152,7 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     B, W, n_head, hs = q.shape
     n_kv_head, P, ps = cache.k.shape[1:4]
     scores = torch.empty(B, n_kv_head, P, device=q.device, dtype=torch.float32)
-    PAGES = 32
+    PAGES = 32  # small blocks: at batch 1 there must be enough of them to keep every multiprocessor reading
     score_kernel[(B * n_kv_head, triton.cdiv(P, PAGES))](
         q, cache.k_min, cache.k_max, scores, t, P, n_kv_head, W=W, G=n_head // n_kv_head, PS=ps, HS=hs, PAGES=PAGES
     )
@@ -171,7 +165,7 @@ def score_kernel(
     k_min,
     k_max,
     scores,
-    t,
+    t_ptr,
     P,
     n_kv_head,
     W: tl.constexpr,
@@ -183,11 +177,11 @@ def score_kernel(
     """score_j = sum over the group's q and all i of max(q_i * k_min_ji, q_i * k_max_ji)
 
     Grid (B * n_kv_head, blocks of PAGES pages); blocks beyond the pages held return at once. Reads the bounds of the pages
-    held, all * held * 2 * hs * e bytes; writes all * held * 4.
+    held, heads * held * 2 * hs * e bytes; writes heads * held * 4.
     """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // n_kv_head, bh % n_kv_head
-    held = tl.load(t) // PS + 1
+    held = tl.load(t_ptr) // PS + 1
     page = tl.program_id(1) * PAGES + tl.arange(0, PAGES)  # (PAGES,)
     if tl.program_id(1) * PAGES < held:
         i = tl.arange(0, HS)
@@ -228,7 +222,7 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
     """Top pages and the steps at which they were last loaded, two of (B, n_kv_head, S) int32. S is the most that any
     position needs; only the first `pages_selected(t)` are written. Then the exposure table says t."""
     B, n_kv_head, P = scores.shape
-    S = cache.config.most_pages_selected(P * cache.config.page_size)
+    S = cache.config.most_pages_selected(P)
     pages, stamps = (torch.empty(B, n_kv_head, S, device=scores.device, dtype=torch.int32) for _ in range(2))
     N = triton.next_power_of_2(P)
     select_kernel[(B * n_kv_head,)](
@@ -242,7 +236,7 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
         S,
         **budget_of(cache.config),
         N=N,
-        num_warps=min(32, max(4, N // 256)),
+        num_warps=min(32, max(4, N // 256)),  # 8 pages a thread
     )
     return pages, stamps
 
@@ -254,7 +248,7 @@ def select_kernel(
     exposure,
     pages,
     stamps,
-    t,
+    t_ptr,
     P,
     S,
     SHARE: tl.constexpr,
@@ -266,19 +260,19 @@ def select_kernel(
 ):
     """pages = top-k(score); stamps = A[pages]; A[pages] = t
 
-    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads all * held * 4 bytes of scores and all * k * 4 of
-    stamps, writes all * k * 12, with k = pages_selected(t).
+    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads heads * held * 4 bytes of scores and heads * k * 4 of
+    stamps, writes heads * k * 12, with k = pages_selected(t).
     """
     bh = tl.program_id(0).to(tl.int64)
-    last = tl.load(t)
-    held = last // PS + 1
-    count = pages_selected(last, SHARE, WHOLE, FLOOR, W, PS)
+    t = tl.load(t_ptr)
+    held = t // PS + 1
+    count = pages_selected(t, SHARE, WHOLE, FLOOR, W, PS)
     page = tl.arange(0, N)  # (N,)
     x = tl.load(scores + bh * P + page, mask=page < held, other=0.0)  # (N,)
     # Integers in the order of the scores: a positive float's bits rise with it, a negative one's fall. -0.0 counts as 0.0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
-    key = tl.where(page >= tl.maximum(last - W + 1, 0) // PS, 0xFFFFFFFF, key).to(tl.uint32)  # the window's pages come first
+    key = tl.where(page >= tl.maximum(t - W + 1, 0) // PS, 0xFFFFFFFF, key).to(tl.uint32)  # the window's pages come first
     key = tl.where(page < held, key, 0).to(tl.uint32)  # and those not held never
 
     # The largest threshold that at least `count` keys reach is the count-th largest key: found from its highest bit down.
@@ -297,11 +291,11 @@ def select_kernel(
     stamp = tl.load(last_loaded + bh * P + page, mask=chosen, other=0)  # (N,)
     tl.store(pages + bh * S + slot, page, mask=chosen)
     tl.store(stamps + bh * S + slot, stamp, mask=chosen)
-    tl.store(last_loaded + bh * P + page, last.to(tl.int32), mask=chosen)
+    tl.store(last_loaded + bh * P + page, t.to(tl.int32), mask=chosen)
 
     first_sights = tl.zeros([N], dtype=tl.int32)
     for back in tl.static_range(1, W):
-        past = last - back  # a past row's position
+        past = t - back  # a past row's position
         first_sights += (chosen & (page * PS <= past) & (stamp < past)).to(tl.int32)
     tl.store(exposure + bh * 2, tl.load(exposure + bh * 2) + count)
     tl.store(exposure + bh * 2 + 1, tl.load(exposure + bh * 2 + 1) + tl.sum(first_sights, axis=0))
@@ -317,10 +311,11 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
     B, W, n_head, hs = q.shape
     n_kv_head, P, ps = cache.k.shape[1:4]
     S = P if pages is None else pages.shape[2]
-    KEYS = 64
-    # Enough programs to fill the GPU twice, but none with less than a tile of keys to read.
-    programs = 2 * torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 3
-    splits = max(1, min(triton.cdiv(programs, B * n_kv_head), triton.cdiv(S * ps, KEYS)))
+    # A tile of keys is what a program has in flight; in float32 a larger one does not fit the registers.
+    KEYS = 64 if q.element_size() == 2 else 32
+    # Enough programs to fill the GPU a few times over, but none with less than a tile of keys to read.
+    programs = 512 if q.is_cuda else 3
+    splits = max(1, min(programs // (B * n_kv_head), triton.cdiv(S * ps, KEYS), 64))
     o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
     lse = torch.empty(splits, B, W, n_head, device=q.device, dtype=torch.float32)
     G = n_head // n_kv_head
@@ -357,7 +352,7 @@ def attend_kernel(
     stamps,
     o,
     lse,
-    t,
+    t_ptr,
     P,
     S,
     n_kv_head,
@@ -376,20 +371,22 @@ def attend_kernel(
     """o = softmax(q . K / sqrt(hs)) V and its lse, over the keys at j <= p in pages with stamp < p, for the row at position p
 
     Grid (splits, B * n_kv_head): a program has all W * G rows of a KV head and a share of its pages. Reads each selected page
-    once, all * k * ps * 2 * hs * e bytes with k = pages_selected(t); writes splits * B * W * n_head * (hs + 1) * 4.
+    once, heads * k * ps * 2 * hs * e bytes with k = pages_selected(t); writes splits * B * W * n_head * (hs + 1) * 4.
     """
     split, splits = tl.program_id(0), tl.num_programs(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // n_kv_head, bh % n_kv_head
-    last = tl.load(t)
+    head_k, head_v = cache_k + bh * P * PS * HS, cache_v + bh * P * PS * HS
+    position = tl.load(t_ptr)
+    t = position.to(tl.int32)  # all that follows fits 32 bits, and takes half the registers of 64
     r, i, n = tl.arange(0, ROWS), tl.arange(0, HS), tl.arange(0, KEYS)
     w = r // G  # (ROWS,) window row w and query head h * G + r % G
     row = (b * W + w) * n_kv_head * G + h * G + r % G  # (ROWS,) in (B, W, n_head)
-    p = last - W + 1 + w  # (ROWS,) its position
+    p = t - W + 1 + w  # (ROWS,) its position
     x = tl.load(q + row[:, None] * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
 
     # This split's share of the page list, in whole pages.
-    total = last // PS + 1 if DENSE else pages_selected(last, SHARE, WHOLE, FLOOR, W, PS)
+    total = t // PS + 1 if DENSE else pages_selected(position, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
     share = (total + splits - 1) // splits
     start, end = split * share, tl.minimum((split + 1) * share, total)
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)  # running maximum of the scores, base 2
@@ -404,18 +401,18 @@ def attend_kernel(
             page = tl.load(pages + bh * S + slot, mask=slot < end, other=0)  # (KEYS,)
             stamp = tl.load(stamps + bh * S + slot, mask=slot < end, other=0)  # (KEYS,)
         j = page * PS + (first + n) % PS  # (KEYS,) positions of the keys
-        held = (slot < end) & (j <= last)
-        kv = (bh * P * PS + j)[:, None] * HS + i[None, :]  # (KEYS, HS)
-        keys = tl.load(cache_k + kv, mask=held[:, None], other=0.0)  # (KEYS, HS)
-        s = tl.dot(x, keys.T, input_precision="ieee") * (scale * LOG2E)  # (ROWS, KEYS)
+        held = (slot < end) & (j <= t)
+        tile = j[:, None] * HS + i[None, :]  # (KEYS, HS)
+        keys = tl.load(head_k + tile, mask=held[:, None], other=0.0)  # (KEYS, HS)
+        scores = tl.dot(x, keys.T, input_precision="ieee") * (scale * LOG2E)  # (ROWS, KEYS)
         visible = held[None, :] & (j[None, :] <= p[:, None]) & (stamp[None, :] < p[:, None])  # (ROWS, KEYS)
-        s = tl.where(visible, s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, axis=1))  # (ROWS,)
+        scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))  # (ROWS,)
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet: exp2(-inf - 0) = 0
-        weight = tl.exp2(s - finite[:, None])  # (ROWS, KEYS)
+        weight = tl.exp2(scores - finite[:, None])  # (ROWS, KEYS)
         rescale = tl.exp2(top - finite)  # (ROWS,)
         norm = norm * rescale + tl.sum(weight, axis=1)
-        values = tl.load(cache_v + kv, mask=held[:, None], other=0.0)  # (KEYS, HS)
+        values = tl.load(head_v + tile, mask=held[:, None], other=0.0)  # (KEYS, HS)
         acc = acc * rescale[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         top = new_top
 
@@ -459,7 +456,7 @@ def combine_kernel(
     cache_out,
     cache_lse,
     merged,
-    t,
+    t_ptr,
     splits,
     n_head,
     CACHED: tl.constexpr,
@@ -479,8 +476,8 @@ def combine_kernel(
     part_lse = tl.load(lse + part, mask=split < splits, other=float("-inf"))  # (SPLITS,)
     top = tl.max(part_lse, axis=0)
     if CACHED:
-        # Position p has slot p % W, and p = t - W + 1 + w. The newest row's slot is that of the row which leaves: pop.
-        slot = (b * W + (tl.load(t) + 1 + w) % W) * n_head + head
+        # Position p has slot p % W, and row w stands at t - W + 1 + w. The newest takes the slot of the row that leaves: pop.
+        slot = (b * W + (tl.load(t_ptr) + 1 + w) % W) * n_head + head
         seen_lse = tl.where(w < W - 1, tl.load(cache_lse + slot), float("-inf"))
         seen_out = tl.load(cache_out + slot * HS + i)  # (HS,)
         top = tl.maximum(top, seen_lse)
@@ -498,6 +495,7 @@ def combine_kernel(
     result = result / tl.where(some, norm, 1.0)
     tl.store(merged + row * HS + i, result.to(merged.dtype.element_ty))
     if CACHED:  # update the past rows, push the newest
+        tl.debug_barrier()  # all threads of the program have read the old lse before one replaces it
         total = tl.where(some, finite + tl.log2(tl.where(some, norm, 1.0)) / LOG2E, float("-inf"))
         tl.store(cache_lse + slot, total)
         tl.store(cache_out + slot * HS + i, result)

@@ -95,7 +95,7 @@ class Tokenizer:
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path) -> "Tokenizer":
-        """Reads `tokenizer.model`, or `tokenizer.json` in a Hugging Face folder. ValueError if it is missing or something else."""
+        """Reads `tokenizer.model`, or `tokenizer.json` in a Hugging Face folder. ValueError if it isn't one."""
         return cls._from_json(folder) if _is_hugging_face(folder) else cls._from_ranks(folder)
 
     @classmethod
@@ -311,7 +311,7 @@ class LlamaConfig:
         for name in ("dim", "n_layer", "n_head", "n_kv_head", "vocab_size", "ffn_dim", "max_seq_len"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, not {getattr(self, name)!r}")
-        for name in ("norm_eps", "rope_theta"):
+        for name in ("norm_eps", "rope_theta") if self.rope_scaling is None else ("norm_eps", "rope_theta", "rope_scaling"):
             if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number > 0, not {getattr(self, name)!r}")
         if not self.head_size or self.head_size % 2 or self.n_head % self.n_kv_head:
@@ -409,6 +409,8 @@ def rope_table(config: LlamaConfig, device: torch.device | str, dtype: torch.dty
 
 
 class Attention(nn.Module):
+    """Projects to queries, keys and values, attends, projects back. RetroAttention takes over in between."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.hs = config.n_head, config.n_kv_head, config.head_size
@@ -418,7 +420,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_head * self.hs, config.dim, bias=False)
 
     def forward(self, x, cos, sin, retro: RetroAttention | None = None, t: torch.Tensor | None = None):
-        """Dense without `retro`; the prompt's prefill with `retro`; one decode step at position `t` with both."""
+        """x (B, T, dim): dense without `retro`; the prompt's prefill with `retro`; a decode step at position `t` with both."""
         B, T, _ = x.shape  # T is W in a decode step
         q = self.wq(x).view(B, T, self.n_head, self.hs)
         k = self.wk(x).view(B, T, self.n_kv_head, self.hs)
@@ -436,6 +438,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
@@ -447,6 +451,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -481,10 +487,11 @@ class Llama(nn.Module):
         """(B, T) ids -> (B, T, dim) before the final norm; `retro` is a list, one RetroAttention a layer."""
         x = self.tok_embeddings(idx)  # (B, T, dim)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, retro and retro[i], t)
+            x = layer(x, cos, sin, retro[i] if retro else None, t)
         return x
 
     def logits(self, x):
+        """(..., dim) -> (..., vocab)."""
         head = self.tok_embeddings if self.config.tie_embeddings else self.output
         return F.linear(self.norm(x), head.weight)  # (..., vocab)
 
@@ -565,10 +572,12 @@ class Llama(nn.Module):
         if not 1 <= prompt_len < T:
             raise ValueError(f"prompt_len must be between 1 and {T - 1}, not {prompt_len}")
         decoder = Decoder(self, B, retro, max_seq_len=T)
-        logits = [decoder.prefill(idx[:, :prompt_len])]  # of the token behind the prompt
-        logits += [decoder.step(idx[:, i]) for i in range(prompt_len, T - 1)]
-        logps = torch.stack(logits, dim=1).float().log_softmax(dim=-1)  # (B, T - prompt_len, vocab)
-        return logps.gather(2, idx[:, prompt_len:, None]).squeeze(2)
+        logits, logps = decoder.prefill(idx[:, :prompt_len]), []
+        for i in range(prompt_len, T):
+            logps.append(logits.float().log_softmax(dim=-1).gather(1, idx[:, i, None]))  # (B, 1)
+            if i < T - 1:
+                logits = decoder.step(idx[:, i])
+        return torch.cat(logps, dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -624,7 +633,10 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        """(B,) the token behind the newest -> (B, vocab). Nothing in here waits for the device."""
+        """(B,) the token behind the newest -> (B, vocab). IndexError past the end of the cache.
+
+        Through Triton nothing in here waits for the device; the reference reads the position again and again.
+        """
         W = self.retro.window
         self.t += 1
         self.tokens.index_copy_(1, self.t.view(1), token[:, None])
@@ -650,8 +662,8 @@ class Decoder:
             )
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, not {max_new_tokens}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be >= 0, not {temperature}")
+        if not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below, logits / temperature overflow
+            raise ValueError(f"temperature must be 0 or >= 1e-6, not {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be >= 1, not {top_k}")
         if top_p is not None and not 0 < top_p <= 1:

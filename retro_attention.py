@@ -17,7 +17,8 @@ twin of each, with the same signature. W=1 is Quest. A layer that stays dense do
 
 Shapes: B batch, W window rows (newest last), P pages, ps page size, S selected pages, n_head query heads, n_kv_head KV heads,
 G = n_head / n_kv_head, hs head size. `t` is the position of the newest row, a 0-dim integer tensor on the cache's device; row
-w stands at position t-W+1+w. Rows before the start of the text (negative positions) write nothing, see nothing and are zero.
+w stands at position t-W+1+w. Rows before the start of the text (negative positions) write nothing and see nothing, and their
+output is zero.
 """
 
 import importlib.util
@@ -25,6 +26,7 @@ import os
 import sys
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache, cached_property
 
 import torch
 
@@ -47,14 +49,17 @@ class RetroConfig:
                 raise ValueError(f"{name} must be an integer >= {least}, not {value!r}")
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size must be a power of two, not {self.page_size}")
-        if not isinstance(self.budget, (int, float)) or not 0 < self.budget <= 1:
+        if not isinstance(self.budget, (int, float)) or isinstance(self.budget, bool) or not 0 < self.budget <= 1:
             raise ValueError(f"budget must be in (0, 1], not {self.budget!r}")
         if self.impl not in ("auto", "torch", "triton"):
             raise ValueError(f"impl must be auto, torch or triton, not {self.impl!r}")
 
-    @property
+    @cached_property
     def budget_ratio(self) -> tuple[int, int]:
-        """The budget as it was written, 0.07 as 7 / 100: 0.07 of 100 pages is 7, where floats come to 7.000000000000001."""
+        """The budget as it was written, 0.07 as 7 / 100: 0.07 of 100 pages is 7, where floats come to 7.000000000000001.
+
+        To a denominator of a million, so that the kernels' 64-bit integers hold its product with any number of pages.
+        """
         ratio = Fraction(str(self.budget)).limit_denominator(1_000_000)
         return ratio.numerator, ratio.denominator
 
@@ -66,10 +71,12 @@ class RetroConfig:
         in_window = t // self.page_size - max(0, t - self.window + 1) // self.page_size + 1
         return min(held, max(floor, -(-share * held // whole), in_window))
 
-    def most_pages_selected(self, max_seq_len: int) -> int:
-        """Pages that a KV head loads at most, at any position of the context."""
-        # All but the window's own pages grows with t; those repeat with the place of t in its page.
-        return max(self.pages_selected(t) for t in range(max(0, max_seq_len - self.page_size), max_seq_len))
+    @cache  # noqa: B019 (it keeps a few numbers alive)
+    def most_pages_selected(self, P: int) -> int:
+        """Pages that a KV head loads at most, at any position of a cache of P pages."""
+        # The budget and the floor never fall as t grows, and how many pages the window touches depends only on the place of t
+        # in its page: so the positions of the last page contain the maximum.
+        return max(self.pages_selected(t) for t in range((P - 1) * self.page_size, P * self.page_size))
 
 
 @dataclass
@@ -93,6 +100,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_seq_len, device, dtype) -> LayerCache:
+    """A cache for max_seq_len tokens. Keys, values and bounds are not initialised: what is not yet written is never read."""
     P, acc = -(-max_seq_len // config.page_size), accumulator(dtype)
     like = {"device": device, "dtype": dtype}
     kv = [torch.empty(B, n_kv_head, P, config.page_size, hs, **like) for _ in range(2)]
@@ -234,8 +242,8 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
     s = (q @ k.mT * hs**-0.5).unflatten(2, (W, -1)).masked_fill(~visible, -torch.inf)  # (B, n_kv_head, W, G, S * ps)
     lse = s.logsumexp(dim=-1)  # (B, n_kv_head, W, G)
     # Where nothing is visible, exp(-inf - lowest) = 0 and not exp(-inf + inf) = NaN.
-    p = (s - lse.clamp(min=torch.finfo(acc).min)[..., None]).exp()
-    o = (p.flatten(2, 3) @ v).unflatten(2, (W, -1))  # (B, n_kv_head, W, G, hs)
+    weight = (s - lse.clamp(min=torch.finfo(acc).min)[..., None]).exp()
+    o = (weight.flatten(2, 3) @ v).unflatten(2, (W, -1))  # (B, n_kv_head, W, G, hs)
     return o.transpose(1, 2).reshape(1, B, W, n_head, hs), lse.transpose(1, 2).reshape(1, B, W, n_head)
 
 
@@ -272,15 +280,27 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
 # The module that the model calls
 
 
-def implementation(impl: str, device: torch.device):
-    """The module whose `write` ... `combine` run: this one, or kernels.py. ValueError if Triton is asked for and cannot run."""
-    have_triton = importlib.util.find_spec("triton") is not None
-    if impl == "torch" or (impl == "auto" and not (device.type == "cuda" and have_triton)):
+def implementation(impl: str, device: torch.device, dtype: torch.dtype, head_size: int, rows: int):
+    """The module whose `write` ... `combine` run: this one, or kernels.py. "auto" takes Triton on a GPU if it can do the shape.
+
+    `rows` is W * G. ValueError if Triton is asked for and cannot run, or not rightly.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    reason = None
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed on this machine (there are builds for Linux: pip install triton)"
+    elif device.type != "cuda" and not interpreted:
+        reason = f"on {device.type} set TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter"
+    elif dtype not in (torch.float32, torch.float16, torch.bfloat16) or (interpreted and dtype == torch.bfloat16):
+        reason = f"dtype must be float32, float16 or, outside of the interpreter, bfloat16, not {dtype}"
+    elif head_size not in (16, 32, 64, 128):
+        reason = f"head_size must be 16, 32, 64 or 128, not {head_size}"
+    elif rows > 128:
+        reason = f"window * n_head / n_kv_head must be at most 128, not {rows}: more rows do not fit the registers"
+    if impl == "torch" or (impl == "auto" and (device.type != "cuda" or reason)):
         return sys.modules[__name__]
-    if not have_triton:
-        raise ValueError("impl triton: Triton is not installed on this machine: pip install triton (Linux only), or impl torch")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"impl triton on {device.type}: set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
+    if reason:
+        raise ValueError(f"impl triton: {reason}")
     import kernels
 
     return kernels
@@ -303,23 +323,27 @@ class RetroAttention:
         dtype: torch.dtype,
     ):
         self.config, self.dense = config, dense
-        self.ops = implementation(config.impl, torch.device(device))
+        rows = config.window * n_head // n_kv_head
+        self.ops = implementation(config.impl, torch.device(device), dtype, head_size, rows)
         self.cache = new_cache(config, dense, batch_size, n_head, n_kv_head, head_size, max_seq_len, device, dtype)
 
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores a prompt's rotated keys and values; the prompt itself attends densely, outside of here.
+        """Starts a text: stores the prompt's rotated keys and values. The prompt itself attends densely, outside of here.
 
         Prefill loaded everything: each page counts as loaded at the last prompt position, and the window starts filled with
         the prompt's last rows, as if a dense step had ended it. q (B, T, n_head, hs), k and v (B, T, n_kv_head, hs).
         """
-        T, W = q.shape[1], self.config.window
-        store(k, v, self.cache, T - 1)
+        T, W, cache = q.shape[1], self.config.window, self.cache
+        store(k, v, cache, T - 1)
         if self.dense:
             return
-        self.cache.last_loaded[:, :, : -(-T // self.config.page_size)] = T - 1
-        q = torch.nn.functional.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0))  # (B, W, n_head, hs)
+        cache.last_loaded.fill_(-1)  # whatever text came before is forgotten
+        cache.last_loaded[:, :, : -(-T // self.config.page_size)] = T - 1
+        cache.lse.fill_(-torch.inf)
+        cache.exposure.zero_()
+        q = torch.nn.functional.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0)).contiguous()  # (B, W, n_head, hs)
         t = torch.tensor(T - 1, device=q.device)
-        combine(*attend(q, self.cache, None, None, t), self.cache, t)
+        self.ops.combine(*self.ops.attend(q, cache, None, None, t), cache, t)
 
     def decode(self, q, k, v, cos, sin, t: torch.Tensor) -> torch.Tensor:
         """One step of all W rows: q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated, the newest row at

@@ -1,7 +1,7 @@
 """Generates text with RetroAttention: python sample.py --prompt "It was a dark night"
 
 The text goes to stdout as it is made, a short report to stderr. Exit code 0 on success, 2 with one line on a mistake in the
-arguments or the checkpoint, 130 after Ctrl-C, which keeps the text made so far.
+arguments or the checkpoint, 130 after Ctrl-C, which keeps the text made so far, 1 if the reader of stdout has gone.
 """
 
 import argparse
@@ -9,9 +9,9 @@ import codecs
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-# A fresh start runs for a few seconds on a handful of small operations: the import is a good part of it.
 import torch
 
 from model import Decoder, Llama, Tokenizer
@@ -76,9 +76,8 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def retro_config(args: argparse.Namespace) -> RetroConfig | None:
-    """None for full attention. Built in any case, so that a bad value never passes unseen."""
-    retro = RetroConfig(
+def retro_config(args: argparse.Namespace) -> RetroConfig:
+    return RetroConfig(
         page_size=args.page_size,
         budget=args.budget,
         min_tokens=args.min_tokens,
@@ -86,7 +85,6 @@ def retro_config(args: argparse.Namespace) -> RetroConfig | None:
         dense_layers=args.dense_layers,
         impl=args.impl,
     )
-    return None if args.attention == "full" else retro
 
 
 class Report:
@@ -96,20 +94,23 @@ class Report:
         self.decoder, self.prompt_len = decoder, prompt_len
         self.start = time.perf_counter()
         self.first = self.last = None
-        self.tokens = 0
+        self.steps = 0  # those that made a token, the prompt's included
+        self.tokens = self.first_tokens = 0  # of all texts; a text that has ended makes none
 
-    def token(self):
+    def step(self, tokens: int):
         self.last = time.perf_counter()
-        self.first = self.first or self.last
-        self.tokens += 1
+        if self.steps == 0:
+            self.first, self.first_tokens = self.last, tokens
+        self.steps += 1
+        self.tokens += tokens
 
     def lines(self) -> list[str]:
-        if not self.tokens:
+        n = self.steps
+        if n == 0:
             return ["no tokens"]
-        n, B = self.tokens, len(self.decoder.tokens)
-        pace = f"{B * (n - 1) / (self.last - self.first):.1f} tokens/s" if n > 1 else "one token"
+        pace = f"{(self.tokens - self.first_tokens) / (self.last - self.first):.1f} tokens/s" if n > 1 else "one step"
         out = [
-            f"{B * n} tokens, {pace}, prompt of {self.prompt_len} tokens read in {self.first - self.start:.2f} s; "
+            f"{self.tokens} tokens, {pace}, prompt of {self.prompt_len} tokens read in {self.first - self.start:.2f} s; "
             f"context {self.prompt_len + n} of {self.decoder.model.config.max_seq_len}"
         ]
         # The first token comes out of the prefill, so n tokens took n - 1 decode steps.
@@ -137,55 +138,73 @@ class Report:
         ]
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.num_samples < 1:
-        raise ValueError(f"num_samples must be >= 1, not {args.num_samples}")
-    device, retro, prompt = choose_device(args.device), retro_config(args), read_prompt(args.prompt)
+def load(args: argparse.Namespace, device: torch.device) -> tuple[Llama, Tokenizer]:
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
     tok = Tokenizer.from_checkpoint(args.checkpoint)
     model = Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"checkpoint {args.checkpoint}: tokenizer.model has {tok.vocab_size} tokens with the special ones, "
+            f"checkpoint {args.checkpoint}: its tokenizer has {tok.vocab_size} tokens with the special ones, "
             f"the model {model.config.vocab_size}: they do not belong together"
         )
-    ids = tok.encode(prompt, bos=True)
-    room = model.config.max_seq_len - len(ids)
-    # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
-    length = min(len(ids) + max(1, args.max_new_tokens), model.config.max_seq_len)
-    decoder = Decoder(model, args.num_samples, retro, max_seq_len=length)
-    idx = torch.tensor([ids] * args.num_samples, device=device)  # (B, T)
-    stream = decoder.stream(
-        idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, stop_tokens=tok.stop_tokens
-    )
+    return model, tok
 
-    # One text is shown while it grows; of several, the first, and the others when all are done.
-    report, texts = Report(decoder, len(ids)), [[] for _ in range(args.num_samples)]
+
+def show(stream, prompt: str, tok: Tokenizer, num_samples: int, report: Report) -> int:
+    """Prints the text while it grows; of several, the first, and the others when all are done. Returns the exit code."""
+    texts = [[] for _ in range(num_samples)]
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
     code = 0
     try:
         print(prompt, end="", flush=True)
         for tokens in stream:
-            tokens = tokens.tolist()
-            report.token()
-            for text, token in zip(texts, tokens, strict=True):
-                if token not in tok.stop_tokens:
-                    text.append(token)
-            if texts[0] and tokens[0] not in tok.stop_tokens:
-                print(utf8.decode(tok.token_bytes(tokens[0])), end="", flush=True)
+            going = [(text, token) for text, token in zip(texts, tokens.tolist(), strict=True) if token not in tok.stop_tokens]
+            report.step(len(going))
+            for text, token in going:
+                text.append(token)
+                if text is texts[0]:
+                    print(utf8.decode(tok.token_bytes(token)), end="", flush=True)
     except KeyboardInterrupt:
         code = 130
     print(utf8.decode(b"", final=True))
     for text in texts[1:]:
         print(f"---------------\n{prompt}{tok.decode(text)}")
     sys.stdout.flush()
-    if report.tokens == room:
+    return code
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.num_samples < 1:
+        raise ValueError(f"num_samples must be >= 1, not {args.num_samples}")
+    device, retro, prompt = choose_device(args.device), retro_config(args), read_prompt(args.prompt)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    model, tok = load(args, device)
+    if args.attention == "full" and retro.dense_layers <= model.config.n_layer:
+        retro = replace(retro, window=1, dense_layers=model.config.n_layer)
+    ids = tok.encode(prompt, bos=True)
+    # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
+    length = min(len(ids) + max(1, args.max_new_tokens), model.config.max_seq_len)
+    try:
+        decoder = Decoder(model, args.num_samples, retro, max_seq_len=length)
+        idx = torch.tensor([ids] * args.num_samples, device=device)  # (B, T)
+        report = Report(decoder, len(ids))
+        sampling = (args.temperature, args.top_k, args.top_p, args.seed)
+        stream = decoder.stream(idx, args.max_new_tokens, *sampling, stop_tokens=tok.stop_tokens)
+        code = show(stream, prompt, tok, args.num_samples, report)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise ValueError(f"not enough memory on {device} for num_samples {args.num_samples} of {length} tokens") from None
+    if report.steps == model.config.max_seq_len - len(ids):
         print(f"The context of {model.config.max_seq_len} tokens is full.", file=sys.stderr)
     print("\n".join(report.lines()), file=sys.stderr)
     return code
 
 
 def main(argv: list[str] | None = None) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     try:
         return run(parse_args(argv))
     except BrokenPipeError:  # the reader of our stdout has gone: nothing is left to say, not even by Python at exit
