@@ -1012,6 +1012,141 @@ def test_a_file_that_is_not_weights_is_refused_and_not_run(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders
+
+
+def save_safetensors(path, weights, header=None):
+    """The format by its description: 8 bytes of length, a JSON header, the tensors one after the other."""
+    entries, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, w in weights.items():
+        raw = w.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        dtype = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}[w.dtype]
+        entries[name] = {"dtype": dtype, "shape": list(w.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    header = json.dumps(entries).encode() if header is None else header
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def write_hugging_face(folder, qkv_bias=False, config=(), shards=1):
+    """`random_model` as Hugging Face stores it, under their names, a head's two halves RoPE's pairs; returns the model."""
+    model = random_model(hs=16, n_layer=2, ffn_dim=128, rope_scaling=8.0, rope_theta=500_000.0, qkv_bias=qkv_bias)
+    names = {
+        "tok_embeddings": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "output": "lm_head",
+        "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
+        "feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
+        "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    weights = {}
+    for name, w in model.state_dict().items():
+        if ".wq." in name or ".wk." in name:
+            heads = w.view(-1, 16, *w.shape[1:])
+            w = torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1).view(w.shape)
+        weights[".".join(names.get(part, part) for part in name.split("."))] = w
+    files = [f"model-{i + 1}.safetensors" for i in range(shards)]
+    for i, file in enumerate(files):
+        save_safetensors(folder / file, dict(list(weights.items())[i::shards]))
+    if shards > 1:
+        index = {name: files[i % shards] for i, name in enumerate(weights)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    scaling = dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    contents = dict(
+        model_type="qwen2" if qkv_bias else "llama", hidden_size=96, num_hidden_layers=2, num_attention_heads=6, vocab_size=61,
+        num_key_value_heads=2, intermediate_size=128, rms_norm_eps=1e-5, max_position_embeddings=256, rope_theta=500_000.0,
+        rope_scaling=scaling, hidden_act="silu",
+    ) | dict(config)  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in contents.items() if v != "left out"}))
+    return model
+
+
+@pytest.mark.parametrize("qkv_bias, shards", [(False, 1), (False, 3), (True, 2)])
+def test_a_hugging_face_folder_is_the_same_model(tmp_path, qkv_bias, shards):
+    """Guards against a RoPE layout converted twice or not at all: the logits are those of Meta's layout, bit for bit."""
+    model, tokens = write_hugging_face(tmp_path, qkv_bias, shards=shards), random_tokens(2, 40)
+    loaded = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
+    assert loaded.config == model.config and torch.equal(loaded(tokens), model(tokens))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), **config.pop("rope_scaling")}  # transformers 5
+    config.update(tie_word_embeddings=True, head_dim=16)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model.output.weight.copy_(model.tok_embeddings.weight)
+    assert torch.equal(Llama.from_checkpoint(tmp_path, dtype=torch.float64)(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"hidden_size": "left out"}, "hidden_size is missing"), ({"use_sliding_window": True}, "use_sliding_window True"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type must be"), ({"mlp_bias": True}, "mlp_bias True"),
+    ({"quantization_config": {}}, "quantised"), ({"head_dim": 15}, "head_size"), ({"attention_bias": True}, "attention_bias"),
+])  # fmt: skip
+def test_what_a_config_asks_for_and_we_do_not_do_is_refused(tmp_path, config, message):
+    """By name, before any weight is read: a model that loads must be computed as its makers meant it."""
+    write_hugging_face(tmp_path, config=config)
+    with pytest.raises(ValueError, match=message):
+        Llama.from_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    with pytest.raises(ValueError, match="model_type must be llama or qwen2, not 'mixtral'"):
+        Llama.from_checkpoint(tmp_path)
+
+
+def test_broken_safetensors_are_refused(tmp_path):
+    """Truncated files, absurd headers, missing shards and tensors: one ValueError each, naming the file or tensor."""
+    write_hugging_face(tmp_path, shards=2)
+    file = tmp_path / "model-1.safetensors"
+    whole = file.read_bytes()
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            Llama.from_checkpoint(tmp_path)
+
+    for content, message in (
+        (whole[:-1], "truncated"), (whole[:100], "truncated"), (b"", "truncated"),
+        ((2**62).to_bytes(8, "little"), "a header of 4611"),
+        (whole.replace(b'"F64"', b'"I64"', 1), "dtype I64"), (whole[:8] + b"[" + whole[9:], "header is not"),
+    ):  # fmt: skip
+        file.write_bytes(content)
+        refused(message)
+    save_safetensors(file, {})
+    refused("the index names model.embed_tokens.weight, which model-1.safetensors does not hold")
+    file.unlink()
+    refused("model-1.safetensors is missing")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    refused("no such tensor")
+    (tmp_path / "model-2.safetensors").unlink()
+    refused("model.safetensors is missing")
+
+
+def test_a_tokenizer_from_json(tmp_path):
+    """The same ids from tokenizer.json as from ranks; special tokens, begin of text and stop tokens as the folder says."""
+    write_tokenizer(tmp_path)
+    ours = Tokenizer.from_checkpoint(tmp_path)
+    shown = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    shown |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in shown)}
+    spell = lambda token: "".join(shown[b] for b in token)  # noqa: E731
+    ranks = ours.bpe._mergeable_ranks
+    file = {
+        "added_tokens": [{"id": 260, "content": "<|start|>"}, {"id": 261, "content": "<|stop|>"}],
+        "pre_tokenizer": {"pretokenizers": [{"type": "Split", "pattern": {"Regex": Tokenizer.pattern}}, {"type": "ByteLevel"}]},
+        "model": {"vocab": {spell(t): i for t, i in ranks.items()}, "merges": ["t h", "Ġ th", "th e", "Ġ the"]},
+        "post_processor": {"single": ["<|start|>", "A"]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 260, "eos_token_id": 261}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    theirs = Tokenizer.from_checkpoint(tmp_path)
+    for text in ("the other", "Ünïcødé 你好 🙂\r\n\t 1234  x \0", "<|stop|> the"):
+        assert theirs.encode(text) == ours.encode(text) and theirs.decode(theirs.encode(text)) == text
+    assert theirs.encode("<|stop|>", bos=True, special=True) == [260, 261]
+    assert (theirs.bos, theirs.stop_tokens) == (260, [261])
+    del file["post_processor"]  # Qwen names a first token that no text begins with
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    assert Tokenizer.from_checkpoint(tmp_path).encode("the", bos=True) == [258]
+    for change in ({"merges": ["th e", "t h"]}, {"vocab": {"a": 0}}, {"merges": [1]}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**file, "model": {**file["model"], **change}}))
+        with pytest.raises(ValueError, match="tokenizer.json is"):
+            Tokenizer.from_checkpoint(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
