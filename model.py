@@ -146,6 +146,31 @@ class Tokenizer:
         ids = self.bpe.encode(text, allowed_special="all") if special else self.bpe.encode_ordinary(text)
         return [self.bos] * (bos and self.bos is not None) + ids
 
+    def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Ids of a conversation of (role, text), roles system, user and assistant, up to where the assistant's turn begins.
+
+        In the format whose special tokens there are: DeepSeek-R1's, Llama 3's, or ChatML (Qwen). No system message is added.
+        ValueError if the tokenizer has none of the three.
+        """
+        special = self.special
+        ids = [self.bos] if self.bos is not None else []
+        if "<｜User｜>" in special:  # before Llama's, whose special tokens the distilled models keep
+            marks = {"user": [special["<｜User｜>"]], "assistant": [special["<｜Assistant｜>"]], "system": []}
+            for role, text in messages:
+                ids += marks[role] + self.encode(text)
+            return ids + marks["assistant"]
+        if "<|start_header_id|>" in special:
+            start, end, turn = (special[name] for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+            for role, text in messages:
+                ids += [start, *self.encode(role), end, *self.encode("\n\n" + text), turn]
+            return [*ids, start, *self.encode("assistant"), end, *self.encode("\n\n")]
+        if "<|im_start|>" in special:
+            start, end = special["<|im_start|>"], special["<|im_end|>"]
+            for role, text in messages:
+                ids += [start, *self.encode(f"{role}\n{text}"), end, *self.encode("\n")]
+            return [*ids, start, *self.encode("assistant\n")]
+        raise ValueError("the tokenizer has no special tokens for a conversation: neither DeepSeek's, Llama 3's nor ChatML's")
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.bpe.decode(list(ids))

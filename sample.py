@@ -44,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--page_size", type=int, default=retro.page_size, help="tokens a page, a power of two")
     add("--dense_layers", type=int, default=retro.dense_layers, help="first layers that attend to everything")
     add("--impl", choices=["auto", "torch", "triton"], default=retro.impl, help="auto is triton on a GPU, torch elsewhere")
+    add("--chat", action="store_true", help="the prompt is a user's message, the text the assistant's answer")
     return parser.parse_args(argv)
 
 
@@ -182,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
     model, tok = load(args, device)
     if args.attention == "full" and retro.dense_layers <= model.config.n_layer:
         retro = replace(retro, window=1, dense_layers=model.config.n_layer)
-    ids = tok.encode(prompt, bos=True)
+    ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
     # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
     length = min(len(ids) + max(1, args.max_new_tokens), model.config.max_seq_len)
     try:
@@ -191,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
         report = Report(decoder, len(ids))
         sampling = (args.temperature, args.top_k, args.top_p, args.seed)
         stream = decoder.stream(idx, args.max_new_tokens, *sampling, stop_tokens=tok.stop_tokens)
-        code = show(stream, prompt, tok, args.num_samples, report)
+        code = show(stream, "" if args.chat else prompt, tok, args.num_samples, report)
     except RuntimeError as error:
         if "memory" not in str(error):
             raise

@@ -1015,6 +1015,24 @@ def test_a_file_that_is_not_weights_is_refused_and_not_run(tmp_path):
 # Hugging Face folders
 
 
+@pytest.mark.parametrize("names, wanted", [
+    (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"],
+     "<|begin_of_text|>[user]\n\nthe?<|eot_id|>[assistant]\n\n"),
+    (["<|im_start|>", "<|im_end|>"], "<|im_start|>user\nthe?<|im_end|>\n<|im_start|>assistant\n"),
+    (["<|begin_of_text|>", "<｜User｜>", "<｜Assistant｜>", "<|start_header_id|>"],
+     "<|begin_of_text|><｜User｜>the?<｜Assistant｜>"),
+])  # fmt: skip
+def test_chat_formats(names, wanted):
+    """The three published formats; what a user writes never becomes a special token."""
+    special = {name: 256 + i for i, name in enumerate(names)}
+    tok = Tokenizer({bytes([b]): b for b in range(256)}, special, bos=special.get("<|begin_of_text|>"))
+    wanted = wanted.replace("[", "<|start_header_id|>").replace("]", "<|end_header_id|>")
+    assert tok.chat([("user", "the?")]) == tok.encode(wanted, special=True)
+    assert tok.chat([("user", names[0])]).count(256) == tok.chat([("user", "the?")]).count(256)
+    with pytest.raises(ValueError, match="no special tokens for a conversation"):
+        Tokenizer({bytes([b]): b for b in range(256)}, {}).chat([("user", "the?")])
+
+
 def save_safetensors(path, weights, header=None):
     """The format by its description: 8 bytes of length, a JSON header, the tensors one after the other."""
     entries, data = {"__metadata__": {"format": "pt"}}, b""
@@ -1204,6 +1222,7 @@ def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
     assert command(capsys, "--prompt", f"FILE:{tmp_path}/prompt")[1] == wanted
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"It was a dark night")))
     assert command(capsys, "--prompt", "-")[1] == wanted
+    assert not command(capsys, "--chat")[1].startswith("It was")
     code, text, report = command(capsys, "--prompt", "")
     assert code == 0 and text and "prompt of 1 tokens" in report
 

@@ -4,7 +4,8 @@
     python tiny/train.py train --data DIR         # -> params.json, consolidated.00.pth; the same command continues a run
     python tiny/train.py evaluate --data DIR      # bits per byte of held-out books, share of task lines exactly right
 
-DIR holds `train*.txt.xz` and `heldout.txt.xz`: books as plain text, joined by a line "<|endoftext|>".
+DIR holds `train*.txt.xz` and `heldout.txt.xz`: books as plain text, joined by a line "<|endoftext|>". The tokenizer learns
+from `train.txt.xz` alone.
 Needs `pip install tokenizers` for the first command; nothing beyond the project's own packages for the others.
 
 A window of training text is either book text, or tasks, with or without book text in front. Tasks are made on the fly:
@@ -16,6 +17,7 @@ chain     shuffled lines "X wrote to Y.", then a start, then the answer: the let
 
 import argparse
 import base64
+import hashlib
 import json
 import lzma
 import math
@@ -78,11 +80,13 @@ def read_books(path: Path) -> list[str]:
 
 
 def book_tokens(data: Path, tok: Tokenizer) -> np.ndarray:
-    """All training books as one array of ids, each between begin_of_text and end_of_text; kept in ./tokens.npy."""
-    cache = Path("tokens.npy")
+    """All training books as one array of ids, each between begin_of_text and end_of_text; kept in ./tokens-*.npy."""
+    paths = sorted(data.glob("train*.txt.xz"))
+    known = repr([(path.name, path.stat().st_size) for path in paths]) + repr(sorted(tok.bpe._mergeable_ranks.items()))
+    cache = Path(f"tokens-{hashlib.sha256(known.encode()).hexdigest()[:12]}.npy")
     if not cache.exists():
         end = tok.special["<|end_of_text|>"]
-        books = [book for path in sorted(data.glob("train*.txt.xz")) for book in read_books(path)]
+        books = [book for path in paths for book in read_books(path)]
         random.Random(0).shuffle(books)
         ids = tok.bpe.encode_ordinary_batch(books, num_threads=16)
         np.save(cache, np.concatenate([np.array([tok.bos, *x, end], dtype=np.uint16) for x in ids]))
