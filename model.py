@@ -263,7 +263,7 @@ def _read_hugging_face(folder: str | Path) -> dict[str, torch.Tensor]:
     index = {}
     if (Path(folder) / "model.safetensors.index.json").is_file():
         index = _read_json(folder, "model.safetensors.index.json").get("weight_map")
-        if not isinstance(index, dict) or not index:
+        if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
             raise ValueError(f"checkpoint {folder}: model.safetensors.index.json has no weight_map")
         files = [_checkpoint_file(folder, name) for name in sorted(set(index.values()))]
     if not files:
@@ -415,6 +415,17 @@ class LlamaConfig:
         )
 
 
+def read_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
+    """A folder's configuration, and its weights as memory maps under Meta's names; q and k as the files have them."""
+    if not _is_hugging_face(folder):
+        params, weights = _read_json(folder, "params.json"), _read_pth(folder)
+        return LlamaConfig.from_params(params, tie_embeddings="output.weight" not in weights), weights
+    config, weights = LlamaConfig.from_hugging_face(_read_json(folder, "config.json")), _read_hugging_face(folder)
+    if config.tie_embeddings:
+        weights.pop("output.weight", None)  # the embedding table once more, in some files
+    return config, weights
+
+
 def rope_table(config: LlamaConfig, device: torch.device | str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every position and pair, (max_seq_len, hs / 2) each; with Llama 3.1's scaling if the config has it.
 
@@ -538,14 +549,7 @@ class Llama(nn.Module):
 
         `max_seq_len` replaces the checkpoint's context. Strict: ValueError names what is missing, foreign or misshapen.
         """
-        hugging_face = _is_hugging_face(folder)
-        if hugging_face:
-            config, weights = LlamaConfig.from_hugging_face(_read_json(folder, "config.json")), _read_hugging_face(folder)
-            if config.tie_embeddings:
-                weights.pop("output.weight", None)  # the embedding table once more, in some files
-        else:
-            params, weights = _read_json(folder, "params.json"), _read_pth(folder)
-            config = LlamaConfig.from_params(params, tie_embeddings="output.weight" not in weights)
+        config, weights = read_checkpoint(folder)
         if max_seq_len is not None:
             config = replace(config, max_seq_len=max_seq_len)
         with torch.device("meta"):  # no memory and no random numbers for weights that are overwritten
@@ -562,8 +566,9 @@ class Llama(nn.Module):
         parameters = dict(model.named_parameters())
         for name in list(weights):  # in the files' order, dropping each: a file's memory map goes with its last tensor
             w = weights.pop(name)
-            rotated = ("wq.weight", "wk.weight", "wq.bias", "wk.bias")
-            parameters[name].copy_(_pair_neighbours(w, config.head_size) if hugging_face and name.endswith(rotated) else w)
+            if _is_hugging_face(folder) and name.endswith(("wq.weight", "wk.weight", "wq.bias", "wk.bias")):
+                w = _pair_neighbours(w, config.head_size)
+            parameters[name].copy_(w)
         model.set_rope()
         return model
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from model import Decoder, Llama, Tokenizer
+from model import Decoder, Llama, LlamaConfig, Tokenizer, read_checkpoint
 from retro_attention import RetroConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -139,16 +139,45 @@ class Report:
         ]
 
 
-def load(args: argparse.Namespace, device: torch.device) -> tuple[Llama, Tokenizer]:
-    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
-    tok = Tokenizer.from_checkpoint(args.checkpoint)
-    model = Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype)
-    if tok.vocab_size > model.config.vocab_size:
+def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, device: torch.device, dtype: torch.dtype) -> str:
+    """A line on what the weights and the caches of B texts of `length` tokens take. ValueError if the device has less."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Llama(config).parameters())
+    sparse = config.n_layer - retro.dense_layers
+    vector = B * config.n_kv_head * config.head_size * dtype.itemsize  # a layer's keys of one position, or its values
+    kv_token, bounds_token = 2 * config.n_layer * vector, 2 * sparse * vector / retro.page_size
+    weights, kv, bounds = parameters * dtype.itemsize, kv_token * length, bounds_token * length
+    outputs = sparse * B * retro.window * config.n_head * (config.head_size + 1) * 4
+    line = (
+        f"{parameters / 1e6:.1f} M parameters in {str(dtype).removeprefix('torch.')}, {weights / 1e9:.3f} GB; "
+        f"for {B} x {length} tokens {kv / 1e9:.3f} GB of KV, {bounds / 1e9:.3f} of page bounds, "
+        f"{outputs / 1e9:.3f} of output cache"
+    )
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return line
+    if weights + kv + bounds + outputs > available:
+        fits = max(0, int((available - weights - outputs) / (kv_token + bounds_token)))
+        raise ValueError(
+            f"{line}: more than the {available / 1e9:.1f} GB of {device}, where at most {fits} tokens each would fit"
+        )
+    return line
+
+
+def load(args: argparse.Namespace) -> tuple[LlamaConfig, Tokenizer]:
+    """What can be known before the weights are read."""
+    config, tok = read_checkpoint(args.checkpoint)[0], Tokenizer.from_checkpoint(args.checkpoint)
+    if tok.vocab_size > config.vocab_size:
         raise ValueError(
             f"checkpoint {args.checkpoint}: its tokenizer has {tok.vocab_size} tokens with the special ones, "
-            f"the model {model.config.vocab_size}: they do not belong together"
+            f"the model {config.vocab_size}: they do not belong together"
         )
-    return model, tok
+    if args.dense_layers > config.n_layer:
+        raise ValueError(f"dense_layers must be between 0 and the model's {config.n_layer} layers, not {args.dense_layers}")
+    return config, tok
 
 
 def show(stream, prompt: str, tok: Tokenizer, num_samples: int, report: Report) -> int:
@@ -180,25 +209,29 @@ def run(args: argparse.Namespace) -> int:
     device, retro, prompt = choose_device(args.device), retro_config(args), read_prompt(args.prompt)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches on the current device
-    model, tok = load(args, device)
-    if args.attention == "full" and retro.dense_layers <= model.config.n_layer:
-        retro = replace(retro, window=1, dense_layers=model.config.n_layer)
+    config, tok = load(args)
+    if args.attention == "full":
+        retro = replace(retro, window=1, dense_layers=config.n_layer)
     ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
     # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
-    length = min(len(ids) + max(1, args.max_new_tokens), model.config.max_seq_len)
+    length = min(len(ids) + max(1, args.max_new_tokens), config.max_seq_len)
+    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    memory = check_memory(config, retro, args.num_samples, length, device, dtype)
+    model = Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype)
     try:
         decoder = Decoder(model, args.num_samples, retro, max_seq_len=length)
         idx = torch.tensor([ids] * args.num_samples, device=device)  # (B, T)
         report = Report(decoder, len(ids))
         sampling = (args.temperature, args.top_k, args.top_p, args.seed)
         stream = decoder.stream(idx, args.max_new_tokens, *sampling, stop_tokens=tok.stop_tokens)
+        print(memory, file=sys.stderr)
         code = show(stream, "" if args.chat else prompt, tok, args.num_samples, report)
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
         raise ValueError(f"not enough memory on {device} for num_samples {args.num_samples} of {length} tokens") from None
-    if report.steps == model.config.max_seq_len - len(ids):
-        print(f"The context of {model.config.max_seq_len} tokens is full.", file=sys.stderr)
+    if report.steps == config.max_seq_len - len(ids):
+        print(f"The context of {config.max_seq_len} tokens is full.", file=sys.stderr)
     print("\n".join(report.lines()), file=sys.stderr)
     return code
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -1227,8 +1228,24 @@ def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
     assert code == 0 and text and "prompt of 1 tokens" in report
 
 
+def test_what_does_not_fit_is_said_before_loading(capsys, monkeypatch):
+    """The line on memory counts what is allocated; a context that cannot fit is refused with the largest that would."""
+    monkeypatch.setattr(Llama, "from_checkpoint", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 4000, "SC_PAGE_SIZE": 4096}[name])  # 16 MB
+    code, out, error = command(capsys, "--max_new_tokens", "4000", "--num_samples", "9")
+    config = sample.read_checkpoint(TINY)[0]
+    assert code == 2 and not out and "more than the 0.0 GB of cpu" in error
+    fits = int(re.search(r"at most (\d+) tokens", error)[1])
+    args = RetroConfig(page_size=8, dense_layers=0), 9
+    sample.check_memory(config, *args, fits, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="more than"):
+        sample.check_memory(config, *args, fits + 8, torch.device("cpu"), torch.float32)
+
+
 def test_the_end_of_the_context(capsys, monkeypatch):
     """A text that fills the context stops there and says so; a prompt that leaves no room is refused."""
+    config, weights = sample.read_checkpoint(TINY)
+    monkeypatch.setattr(sample, "read_checkpoint", lambda folder: (replace(config, max_seq_len=64), weights))
     monkeypatch.setattr(Llama, "from_checkpoint", partial(Llama.from_checkpoint, max_seq_len=64))
     code, _, report = command(capsys, "--max_new_tokens", "1000")
     assert code == 0 and "The context of 64 tokens is full." in report and "context 64 of 64" in report
