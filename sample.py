@@ -28,8 +28,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--prompt", default="", help="text to continue; FILE:path reads a file, - reads stdin, empty starts from nothing")
-    add("--checkpoint", default=tiny, help="folder with params.json, consolidated.00.pth and tokenizer.model")
-    add("--max_new_tokens", type=int, default=500, help="stop after so many tokens")
+    add("--checkpoint", default=tiny, help="folder in Meta's format or Hugging Face's")
+    add("--max_new_tokens", type=int, default=500, help="length of the text at most")
     add("--num_samples", type=int, default=1, help="texts to make side by side, as one batch")
     add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     add("--top_k", type=int, default=None, help="sample from the k likeliest tokens only")
@@ -40,7 +40,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--attention", choices=["retro", "quest", "full"], default="retro", help="quest is retro with a window of 1")
     add("--window", type=int, default=retro.window, help="rows a step carries, the new token included: the paper's w")
     add("--budget", type=float, default=retro.budget, help="share of the KV pages that a step loads")
-    add("--min_tokens", type=int, default=retro.min_tokens, help="but at least this many tokens' worth of pages")
+    add(
+        "--min_tokens", type=int, default=retro.min_tokens, help="a step never loads less than this many tokens' worth of pages"
+    )
     add("--page_size", type=int, default=retro.page_size, help="tokens a page, a power of two")
     add("--dense_layers", type=int, default=retro.dense_layers, help="first layers that attend to everything")
     add("--impl", choices=["auto", "torch", "triton"], default=retro.impl, help="auto is triton on a GPU, torch elsewhere")
@@ -124,7 +126,7 @@ class Report:
         held = sum(t // retro.page_size + 1 for t in steps)
         sparse = [layer.cache for layer in layers if not layer.dense]
         if not sparse:
-            return [f"full attention: {held / len(steps):.0f} pages held, all of them read"]
+            return [f"full attention: all of {held / len(steps):.1f} pages read"]
         read = sum(retro.pages_selected(t) for t in steps)
         # A page has ps keys and values; its bounds are two vectors more, which the choice of pages reads for all pages held.
         share = (read + held / retro.page_size) / held
