@@ -1,9 +1,9 @@
-"""What must hold for RetroAttention, checked in float64 against oracles that share no code with the module.
+"""What must hold: the reference against oracles that share no code with it, the kernels against the reference in float64.
 
 `oracle` decodes a whole model from the paper's text in plain numpy: no pages in memory, no output cache, no log-sum-exp.
 For every row it keeps the set of key positions that the row has seen, and the sums of exp(q.k) and of exp(q.k) v over them,
 taken when each key was first seen. Two outputs over disjoint key sets are then merged by adding; no step is shared with
-`retro_attention.py`. Run it with: pytest -q test_retro.py
+`retro_attention.py`. The kernels run on a GPU if there is one, else in Triton's interpreter.
 """
 
 import base64
