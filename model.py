@@ -331,14 +331,14 @@ class LlamaConfig:
     qkv_bias: bool = False  # Qwen 2.5
 
     def __post_init__(self):
-        if self.head_size is None and isinstance(self.dim, int) and isinstance(self.n_head, int) and self.n_head > 0:
-            self.head_size = self.dim // self.n_head if self.dim % self.n_head == 0 else None
         for name in ("dim", "n_layer", "n_head", "n_kv_head", "vocab_size", "ffn_dim", "max_seq_len"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, not {getattr(self, name)!r}")
         for name in ("norm_eps", "rope_theta") if self.rope_scaling is None else ("norm_eps", "rope_theta", "rope_scaling"):
             if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number > 0, not {getattr(self, name)!r}")
+        if self.head_size is None and self.dim % self.n_head == 0:
+            self.head_size = self.dim // self.n_head
         if not self.head_size or self.head_size % 2 or self.n_head % self.n_kv_head:
             raise ValueError(
                 f"dim {self.dim} must be an even multiple of n_head {self.n_head} (or head_size given, and even), "
@@ -563,10 +563,10 @@ class Llama(nn.Module):
                     f"the file has {found.get(name, 'no such tensor')}"
                 )
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        parameters = dict(model.named_parameters())
+        parameters, theirs = dict(model.named_parameters()), _is_hugging_face(folder)
         for name in list(weights):  # in the files' order, dropping each: a file's memory map goes with its last tensor
             w = weights.pop(name)
-            if _is_hugging_face(folder) and name.endswith(("wq.weight", "wk.weight", "wq.bias", "wk.bias")):
+            if theirs and name.endswith(("wq.weight", "wk.weight", "wq.bias", "wk.bias")):
                 w = _pair_neighbours(w, config.head_size)
             parameters[name].copy_(w)
         model.set_rope()

@@ -322,7 +322,7 @@ class RetroAttention:
         device: torch.device | str,
         dtype: torch.dtype,
     ):
-        self.config, self.dense = config, dense
+        self.dense = dense
         rows = config.window * n_head // n_kv_head
         self.ops = implementation(config.impl, torch.device(device), dtype, head_size, rows)
         self.cache = new_cache(config, dense, batch_size, n_head, n_kv_head, head_size, max_seq_len, device, dtype)
@@ -333,12 +333,12 @@ class RetroAttention:
         Prefill loaded everything: each page counts as loaded at the last prompt position, and the window starts filled with
         the prompt's last rows, as if a dense step had ended it. q (B, T, n_head, hs), k and v (B, T, n_kv_head, hs).
         """
-        T, W, cache = q.shape[1], self.config.window, self.cache
+        T, W, cache = q.shape[1], self.cache.config.window, self.cache
         store(k, v, cache, T - 1)
         if self.dense:
             return
         cache.last_loaded.fill_(-1)  # whatever text came before is forgotten
-        cache.last_loaded[:, :, : -(-T // self.config.page_size)] = T - 1
+        cache.last_loaded[:, :, : -(-T // cache.config.page_size)] = T - 1
         cache.lse.fill_(-torch.inf)
         cache.exposure.zero_()
         q = torch.nn.functional.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0)).contiguous()  # (B, W, n_head, hs)
