@@ -265,30 +265,40 @@ def select_kernel(
     """
     bh = tl.program_id(0).to(tl.int64)
     t = tl.load(t_ptr)
-    held = t // PS + 1
+    held, first = t // PS + 1, tl.maximum(t - W + 1, 0) // PS  # the window's own pages, `first` and on, are always chosen ...
     count = pages_selected(t, SHARE, WHOLE, FLOOR, W, PS)
+    rest = count - (held - first)  # ... and so many of those before
     page = tl.arange(0, N)  # (N,)
-    x = tl.load(scores + bh * P + page, mask=page < held, other=0.0)  # (N,)
+    x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
+    stamp = tl.load(last_loaded + bh * P + page, mask=page < held, other=0)  # (N,) all, while the scores are on their way
     # Integers in the order of the scores: a positive float's bits rise with it, a negative one's fall. -0.0 counts as 0.0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
-    key = tl.where(page >= tl.maximum(t - W + 1, 0) // PS, 0xFFFFFFFF, key).to(tl.uint32)  # the window's pages come first
-    key = tl.where(page < held, key, 0).to(tl.uint32)  # and those not held never
+    key = tl.where(page < first, key, 0).to(tl.uint32)
 
-    # The largest threshold that at least `count` keys reach is the count-th largest key: found from its highest bit down.
-    threshold = tl.full([], 0, dtype=tl.uint32)
-    bit = tl.full([], 0x80000000, dtype=tl.uint32)
-    for _ in range(32):
-        reached = tl.sum((key >= (threshold | bit)).to(tl.int32), axis=0)
-        threshold = tl.where(reached >= count, threshold | bit, threshold)
-        bit = bit >> 1
-    above = key > threshold
-    tied = (key == threshold) & (page < held)
-    room = count - tl.sum(above.to(tl.int32), axis=0)
-    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))  # of equal keys, the lower pages
+    # The threshold: at least `rest` keys reach `low`, fewer than that reach `high`. Three values between them are tried at
+    # once, their counts side by side in 21 bits each. Done when exactly `rest` keys reach `low`, or only equal ones are left.
+    low = tl.min(tl.where(page < first, key, 0xFFFFFFFF).to(tl.uint32), axis=0).to(tl.int64)
+    high = tl.max(key, axis=0).to(tl.int64) + 1
+    reached = first
+    while (reached != rest) & (high - low > 1):
+        step = tl.maximum((high - low) // 4, 1)
+        a, b, c = low + step, low + 2 * step, low + 3 * step
+        counts = (key >= a.to(tl.uint32)).to(tl.int64) + ((key >= b.to(tl.uint32)).to(tl.int64) << 21)
+        counts = tl.sum(counts + ((key >= c.to(tl.uint32)).to(tl.int64) << 42), axis=0)
+        at_a, at_b, at_c = counts & 0x1FFFFF, (counts >> 21) & 0x1FFFFF, counts >> 42
+        high = tl.where(at_c >= rest, high, tl.where(at_b >= rest, c, tl.where(at_a >= rest, b, a)))
+        low = tl.where(at_c >= rest, c, tl.where(at_b >= rest, b, tl.where(at_a >= rest, a, low)))
+        reached = tl.where(at_c >= rest, at_c, tl.where(at_b >= rest, at_b, tl.where(at_a >= rest, at_a, reached)))
+    threshold = low.to(tl.uint32)
+    chosen = key >= threshold
+    if reached > rest:  # of equal keys, the lower pages
+        tied = key == threshold
+        room = rest - tl.sum((key > threshold).to(tl.int64), axis=0)
+        chosen = (key > threshold) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
+    chosen = (chosen & (page < first)) | ((page >= first) & (page < held))
     slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1  # (N,) ascending pages
 
-    stamp = tl.load(last_loaded + bh * P + page, mask=chosen, other=0)  # (N,)
     tl.store(pages + bh * S + slot, page, mask=chosen)
     tl.store(stamps + bh * S + slot, stamp, mask=chosen)
     tl.store(last_loaded + bh * P + page, t.to(tl.int32), mask=chosen)
@@ -309,6 +319,7 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
     """Attention of all rows over the selected pages, each row over what it may see and has not seen; without `pages` over all
     that are held. One part a split: o (splits, B, W, n_head, hs), lse (splits, B, W, n_head) float32."""
     B, W, n_head, hs = q.shape
+    assert W == cache.config.window, f"q has {W} rows, the window {cache.config.window}"
     n_kv_head, P, ps = cache.k.shape[1:4]
     S = P if pages is None else pages.shape[2]
     # A tile of keys is what a program has in flight; in float32 a larger one does not fit the registers.
