@@ -472,6 +472,14 @@ def test_a_second_prompt_starts_afresh():
     assert torch.equal(decoder.layers[-1].cache.exposure, other.layers[-1].cache.exposure)
 
 
+def test_a_step_behind_the_end_of_the_cache_is_refused():
+    """Guards against a write outside of the cache, which a GPU would not notice."""
+    decoder, _ = start(random_model(max_seq_len=64), SPARSE, random_tokens(1, 63), 63)
+    decoder.step(torch.tensor([1]))
+    with pytest.raises(IndexError, match="position 64 is behind the end of the cache of 64 tokens"):
+        decoder.step(torch.tensor([1]))
+
+
 def test_output_cache_is_independent_of_the_length():
     """Invariant 9. W rows of n_head * (hs + 1) float32 numbers a sequence, for a model in half precision too."""
     q, k, _ = (x.bfloat16() for x in random_qkv(B=3))
@@ -736,6 +744,21 @@ def test_same_greedy_tokens_through_triton_and_torch(window):
         model.generate(idx, n, retro=RetroConfig(impl=impl, **config), temperature=0).tolist() for impl in ("triton", "torch")
     )
     assert found == wanted
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU: CUDA graphs are not tested here")
+@pytest.mark.parametrize("retro", [None, replace(SPARSE, window=1), replace(SPARSE, window=8)], ids=["full", "quest", "retro"])
+def test_a_replayed_step_is_an_eager_step(retro):
+    """Guards against a graph with a position, a shape or a token in it that was right at capture only, in a second text too."""
+    model, tokens = Llama.from_checkpoint(TINY, device="cuda", dtype=torch.bfloat16), random_tokens(2, 300).cuda()
+    eager, graphed = (Decoder(model, 2, retro) for _ in range(2))
+    eager.captures = False
+    for text in (tokens, tokens.flip(1)):
+        for decoder in (eager, graphed):
+            decoder.prefill(text[:, :100])
+        for i in range(100, 300):
+            assert torch.equal(eager.step(text[:, i]), graphed.step(text[:, i])), f"position {i}"
+    assert graphed.graph is not None and eager.graph is None
 
 
 @needs_triton
