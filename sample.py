@@ -153,7 +153,7 @@ class Report:
 
 
 def trace_target(value: str, config: LlamaConfig, retro: RetroConfig) -> tuple[int, int]:
-    """LAYER[:HEAD] -> layer and KV head; empty is the first sparse layer. ValueError unless it is a sparse layer of the model."""
+    """LAYER[:HEAD] -> layer and KV head; empty is the first sparse layer. ValueError unless the model has it, and sparse."""
     if retro.dense_layers == config.n_layer:
         raise ValueError(f"trace: nothing to draw, all {config.n_layer} layers are dense (--attention full, --dense_layers)")
     match = re.fullmatch(r"(\d+)(?::(\d+))?", value or str(retro.dense_layers))
