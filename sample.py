@@ -187,13 +187,14 @@ def revisions(step: Step, page_size: int) -> torch.Tensor:
         old, new = old.cpu().double(), new.cpu().double()
         return (new - old).norm(dim=-1) / old.norm(dim=-1)
 
-    new = [[mark_pages(step, h, row, page_size).count("+") for row in range(step.t - R, step.t)] for h in range(n_kv_head)]
+    pages, stamps, rows = step.pages[0, :, None].cpu(), step.stamps[0, :, None].cpu(), torch.arange(step.t - R, step.t)[:, None]
+    new = ((pages * page_size <= rows) & (stamps < rows)).sum(dim=-1)  # (n_kv_head, R)
     # exp(lse_before) of exp(lse_after) was there before. A row only gains keys: below 0 there is but rounding.
-    before, after = (by_head(rows.lse[0].cpu().double()) for rows in (step.before, step.after))  # (n_kv_head, R, G)
+    before, after = (by_head(past.lse[0].cpu().double()) for past in (step.before, step.after))  # (n_kv_head, R, G)
     mass = (1 - (before - after).exp()).clamp(min=0).mean(dim=-1)
     output = moved(by_head(step.before.out[0]), by_head(step.after.out[0]))
     key, value = moved(step.before.k[0], step.after.k[0]), moved(step.before.v[0], step.after.v[0])
-    return torch.stack((torch.tensor(new).double(), mass, output, key, value))
+    return torch.stack((new.double(), mass, output, key, value))
 
 
 class Trace:
@@ -230,12 +231,12 @@ class Trace:
         """A heading, the strip of the newest row, and for each past row its strip and its numbers."""
         t, held, loaded = self.step.t, self.step.t // self.page_size + 1, self.step.pages.shape[2]
         scale = -(-held // self.strip)  # pages a character
-        above = f"L{self.layer + 1} "
-        names = ["new", "mass", "output", *((above + "K", above + "V") if self.layer < self.last else ())]
-        numbers = self.revised[self.layer][:, self.head]  # (5, R)
+        names, numbers = ["mass", "output"], self.revised[self.layer][:3, self.head]  # (3, R)
         if self.layer < self.last:
-            numbers = torch.cat((numbers[:3], self.revised[self.layer + 1][3:].mean(dim=1)))
-        columns = "".join(f"{name:>8}" for name in names)[3:] if self.window > 1 else ""
+            above = self.layer + 1
+            names += [f"L{above} K", f"L{above} V"]
+            numbers = torch.cat((numbers, self.revised[above][3:].mean(dim=1)))  # (5, R)
+        columns = "  new" + "".join(f"{name:>8}" for name in names) if self.window > 1 else ""
         pages = "1 page a character" if scale == 1 else f"{scale} pages a character"
         lines = [
             f"position {t}, layer {self.layer}, KV head {self.head}: {loaded} of {held} pages loaded, {pages}",
@@ -245,8 +246,10 @@ class Trace:
             marks = mark_pages(self.step, self.head, t - back, self.page_size)
             strip = "".join(max(marks[i : i + scale], key=" .-+#".index) for i in range(0, held, scale))
             token = repr(self.tok.decode([self.decoder.tokens[0, t - back].item()]))[:10]
-            new, *shares = numbers[: len(names), -back].tolist() if back else [None]
-            values = f"{new:5.0f}" + "".join(f"{x:8.2%}" for x in shares) if back else ""
+            values = ""
+            if back:
+                new, *shares = numbers[:, -back].tolist()
+                values = f"{new:5.0f}" + "".join(f"{x:8.2%}" for x in shares)
             lines.append(f"{f't-{back}' if back else 't':5} {token:10} |{strip:{self.strip}}|{values}")
         return lines
 
@@ -273,17 +276,15 @@ class Trace:
     def summary(self) -> list[str]:
         if not self.means:
             return ["", f"--trace: nothing drawn, the text ended before its token {self.every + 1}"]
-        names = ["pages loaded", "new", "mass", "output", "K", "V"][: 6 if self.window > 1 else 1]
+        if self.window == 1:
+            return []
         lines = [
             "",
             f"--trace: means over {len(self.means)} tokens and all KV heads; K and V of a layer as those below it move them",
+            "layer" + "".join(f"{name:>14}" for name in ("pages loaded", "new", "mass", "output", "K", "V")),
         ]
-        if self.window == 1:
-            lines[1] = lines[1].split(";")[0]
-        lines.append("layer" + "".join(f"{name:>14}" for name in names))
         for i, (loaded, new, *shares) in zip(self.revised, torch.stack(self.means).mean(dim=0).tolist(), strict=True):
-            values = f"{new:14.2f}" + "".join(f"{x:14.2%}" for x in shares) if self.window > 1 else ""
-            lines.append(f"{i:5}{loaded:14.1f}{values}")
+            lines.append(f"{i:5}{loaded:14.1f}{new:14.2f}" + "".join(f"{x:14.2%}" for x in shares))
         return lines
 
 
