@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="LAYER[:HEAD]",
-        help="draw what a step loads and revises in one layer and KV head, both from 0, a tenth of the run apart; alone: the "
+        help="draw what a step loads and revises in one layer and KV head, both from 0, about ten times in a run; alone: the "
         "first sparse layer, head 0",
     )
     add("--chat", action="store_true", help="the prompt is a user's message, the text the assistant's answer")
@@ -200,14 +200,15 @@ def revisions(step: Step, page_size: int) -> torch.Tensor:
 class Trace:
     """Pictures of what single steps do in one layer and KV head of the first text, and at the end means over all sparse layers.
 
-    It is the hook of the sparse layers, and draws at every tenth of the run: no flood. On stderr: stdout stays the text.
+    It is the hook of the sparse layers, and draws about ten times in a run: no flood. On stderr: stdout stays the text.
     """
 
     strip = 44  # characters: with the numbers beside it, a line has 100
 
     def __init__(self, decoder: Decoder, tok: Tokenizer, prompt_len: int, steps: int, layer: int, head: int):
         self.decoder, self.tok, self.prompt_len, self.layer, self.head = decoder, tok, prompt_len, layer, head
-        self.every, self.last = max(1, steps // 10), len(decoder.layers) - 1
+        # Odd, and pages are powers of two: the traced tokens stand at all places in their pages, not always at the same.
+        self.every, self.last = steps // 10 | 1, len(decoder.layers) - 1
         self.page_size, self.window = decoder.retro.page_size, decoder.retro.window
         self.step, self.revised = None, {}  # of the token being traced: the Step of `layer`, and all sparse layers' revisions
         self.means = []  # of each traced token: (layers, 6) pages loaded, then the means of the revisions

@@ -1425,17 +1425,17 @@ def test_both_implementations_give_the_same_picture(capsys):
 
 
 def test_trace_draws_and_leaves_the_text_alone(capsys):
-    """A picture every tenth of the run, a line for each sparse layer at the end; nothing on stdout but the text."""
+    """About ten pictures, an odd number of tokens apart, at the end a line a sparse layer; on stdout nothing but the text."""
     config, text = sample.read_checkpoint(TINY)[0], command(capsys)[1]
     code, out, report = command(capsys, "--trace", "1:1", "--window", "3", "--dense_layers", "1")
     assert code == 0 and out != text  # another window, another text
     assert out == command(capsys, "--window", "3", "--dense_layers", "1")[1]
     n = len(Tokenizer.from_checkpoint(TINY).encode("It was a dark night", bos=True))
-    assert [int(t) for t in re.findall(r"\nposition (\d+), layer 1, KV head 1", report)] == list(range(n + 3, n + 39, 4))
-    assert report.count("\nt-2 ") == 9 and "L2 K" in report and "means over 9 tokens" in report
+    assert [int(t) for t in re.findall(r"\nposition (\d+), layer 1, KV head 1", report)] == list(range(n + 4, n + 39, 5))
+    assert report.count("\nt-2 ") == 7 and "L2 K" in report and "means over 7 tokens" in report
     assert re.findall(r"\n +(\d+) +\d+\.\d( +\d+\.\d\d)( +\d+\.\d\d%){4}(?=\n)", report)[-1][0] == str(config.n_layer - 1)
     quest = command(capsys, "--trace", "--attention", "quest")[2]
-    assert "layer 0, KV head 0, every 4" in quest and "no past rows" in quest and "\nt-1" not in quest and "nan" not in quest
+    assert "layer 0, KV head 0, every 5" in quest and "no past rows" in quest and "\nt-1" not in quest and "nan" not in quest
     last = command(capsys, "--trace", str(config.n_layer - 1))[2]
     assert "\nt-1 " in last and f"L{config.n_layer}" not in last
     assert "nothing drawn" in command(capsys, "--trace", "--max_new_tokens", "1")[2]
