@@ -131,10 +131,14 @@ def kernel_times(config: RetroConfig, model: LlamaConfig, B: int, context: int, 
     for name, stage in stages.items():
         result[name] = replay_us(lambda stage=stage: [stage(i, c) for i, c in enumerate(caches)]) / n
     for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+
         def sdpa(backend=backend):
             with sdpa_kernel(backend):
                 for i, c in enumerate(caches):
-                    F.scaled_dot_product_attention(newest[i].transpose(1, 2), c.k.flatten(2, 3), c.v.flatten(2, 3), enable_gqa=True)
+                    F.scaled_dot_product_attention(
+                        newest[i].transpose(1, 2), c.k.flatten(2, 3), c.v.flatten(2, 3), enable_gqa=True
+                    )
+
         try:
             result[name] = replay_us(sdpa) / n
         except RuntimeError as error:
@@ -154,15 +158,26 @@ def bench_kernels(args) -> dict:
     peak = copy_bandwidth()
     print(f"copy {peak / 1e12:.2f} TB/s")
     rows = []
-    for context, B, budget in [(32768, 1, 0.15), (131072, 1, 0.15), (32768, 8, 0.15), (65536, 8, 0.15), (32768, 1, .0625), (32768, 8, .0625)]:
+    for context, B, budget in [
+        (32768, 1, 0.15),
+        (131072, 1, 0.15),
+        (32768, 8, 0.15),
+        (65536, 8, 0.15),
+        (32768, 1, 0.0625),
+        (32768, 8, 0.0625),
+    ]:
         for W in args.windows:
             config = RetroConfig(window=W, budget=budget)
             us = kernel_times(config, SHAPES[args.shape], B, context)
             floors = {k: v / peak * 1e6 for k, v in floor_bytes(config, SHAPES[args.shape], B, context).items()}
             floor = floors["score"] + floors["attend"]
             rows.append({"context": context, "batch": B, "budget": budget, "window": W, "us": us, "floor": floors})
-            print(f"{context // 1024}k B{B} b{budget} W{W}: " + " ".join(f"{k} {v:.1f}" for k, v in us.items())
-                  + f" | floor4 {floor:.1f} share {floor / us['four']:.2f} dense share {floors['dense'] / us['dense']:.2f}", flush=True)
+            print(
+                f"{context // 1024}k B{B} b{budget} W{W}: "
+                + " ".join(f"{k} {v:.1f}" for k, v in us.items())
+                + f" | floor4 {floor:.1f} share {floor / us['four']:.2f} dense share {floors['dense'] / us['dense']:.2f}",
+                flush=True,
+            )
     return {"rows": rows}
 
 
@@ -208,9 +223,12 @@ def bench_decode(args) -> dict:
             dense = c.n_layer if retro is None else args.dense_layers
             floors[name] = (weights + dense * f["dense"] + (c.n_layer - dense) * (f["score"] + f["attend"])) / peak * 1e3
         for name in methods:
-            print(f"{context // 1024}k B{B} {name}: {med[name]:.3f} ms floor {floors[name]:.2f} share {floors[name] / med[name]:.2f} "
-                  f"vs full {med['full'] / med[name]:.2f} vs quest {med[name] / med['W1']:.3f} "
-                  f"iqr {statistics.quantiles(ms[name], n=4)[0]:.3f}-{statistics.quantiles(ms[name], n=4)[2]:.3f}", flush=True)
+            print(
+                f"{context // 1024}k B{B} {name}: {med[name]:.3f} ms floor {floors[name]:.2f} share {floors[name] / med[name]:.2f} "
+                f"vs full {med['full'] / med[name]:.2f} vs quest {med[name] / med['W1']:.3f} "
+                f"iqr {statistics.quantiles(ms[name], n=4)[0]:.3f}-{statistics.quantiles(ms[name], n=4)[2]:.3f}",
+                flush=True,
+            )
         print(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB", flush=True)
         rows.append({"context": context, "batch": B, "ms": med, "floor_ms": floors})
     return {"rows": rows}

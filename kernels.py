@@ -264,9 +264,10 @@ def select_kernel(
     stamps, writes heads * k * 12, with k = pages_selected(t).
     """
     bh = tl.program_id(0).to(tl.int64)
-    t = tl.load(t_ptr)
+    position = tl.load(t_ptr)
+    count = pages_selected(position, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
+    t = position.to(tl.int32)  # all that follows fits 32 bits, in which a GPU computes fastest
     held, first = t // PS + 1, tl.maximum(t - W + 1, 0) // PS  # the window's own pages, `first` and on, are always chosen ...
-    count = pages_selected(t, SHARE, WHOLE, FLOOR, W, PS)
     rest = count - (held - first)  # ... and so many of those before
     page = tl.arange(0, N)  # (N,)
     x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
@@ -278,37 +279,42 @@ def select_kernel(
 
     # The threshold: at least `rest` keys reach `low`, fewer than that reach `high`. Three values between them are tried at
     # once, their counts side by side in 21 bits each. Done when exactly `rest` keys reach `low`, or only equal ones are left.
-    low = tl.min(tl.where(page < first, key, 0xFFFFFFFF).to(tl.uint32), axis=0).to(tl.int64)
-    high = tl.max(key, axis=0).to(tl.int64) + 1
+    low = tl.min(tl.where(page < first, key, 0xFFFFFFFF).to(tl.uint32), axis=0)
+    high = tl.max(key, axis=0) + 1
     reached = first
-    while (reached != rest) & (high - low > 1):
-        step = tl.maximum((high - low) // 4, 1)
+    while (reached != rest) & (high > low + 1):
+        step = tl.maximum((high - low) >> 2, 1)
         a, b, c = low + step, low + 2 * step, low + 3 * step
-        counts = (key >= a.to(tl.uint32)).to(tl.int64) + ((key >= b.to(tl.uint32)).to(tl.int64) << 21)
-        counts = tl.sum(counts + ((key >= c.to(tl.uint32)).to(tl.int64) << 42), axis=0)
-        at_a, at_b, at_c = counts & 0x1FFFFF, (counts >> 21) & 0x1FFFFF, counts >> 42
+        counts = (key >= a).to(tl.int64) + ((key >= b).to(tl.int64) << 21) + ((key >= c).to(tl.int64) << 42)
+        counts = tl.sum(counts, axis=0)
+        at_a, at_b = (counts & 0x1FFFFF).to(tl.int32), ((counts >> 21) & 0x1FFFFF).to(tl.int32)
+        at_c = (counts >> 42).to(tl.int32)
         high = tl.where(at_c >= rest, high, tl.where(at_b >= rest, c, tl.where(at_a >= rest, b, a)))
         low = tl.where(at_c >= rest, c, tl.where(at_b >= rest, b, tl.where(at_a >= rest, a, low)))
         reached = tl.where(at_c >= rest, at_c, tl.where(at_b >= rest, at_b, tl.where(at_a >= rest, at_a, reached)))
-    threshold = low.to(tl.uint32)
-    chosen = key >= threshold
+    chosen = key >= low
     if reached > rest:  # of equal keys, the lower pages
-        tied = key == threshold
-        room = rest - tl.sum((key > threshold).to(tl.int64), axis=0)
-        chosen = (key > threshold) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
+        tied = key == low
+        room = rest - tl.sum((key > low).to(tl.int32), axis=0)
+        chosen = (key > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
     chosen = (chosen & (page < first)) | ((page >= first) & (page < held))
-    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1  # (N,) ascending pages
+    # Ascending pages: each behind those chosen in its row of LANES pages, and those behind the rows before. One cumsum over
+    # all N would hand partial sums from thread to thread through the whole program.
+    LANES: tl.constexpr = 32 if N >= 32 else N
+    rows = chosen.to(tl.int32).reshape(N // LANES, LANES)
+    in_row = tl.sum(rows, axis=1)  # (N / LANES,)
+    before = tl.cumsum(in_row, axis=0) - in_row  # (N / LANES,)
+    slot = (tl.cumsum(rows, axis=1) - 1 + before[:, None]).reshape(N)
 
     tl.store(pages + bh * S + slot, page, mask=chosen)
     tl.store(stamps + bh * S + slot, stamp, mask=chosen)
-    tl.store(last_loaded + bh * P + page, t.to(tl.int32), mask=chosen)
+    tl.store(last_loaded + bh * P + page, t, mask=chosen)
 
-    first_sights = tl.zeros([N], dtype=tl.int32)
-    for back in tl.static_range(1, W):
-        past = t - back  # a past row's position
-        first_sights += (chosen & (page * PS <= past) & (stamp < past)).to(tl.int32)
+    # The past rows that see a page for the first time: those that are neither older than the page nor its last load.
+    oldest = tl.maximum(tl.maximum(stamp + 1, page * PS), t - W + 1)  # (N,)
+    first_sights = tl.sum(tl.where(chosen, tl.maximum(t - oldest, 0), 0), axis=0)
     tl.store(exposure + bh * 2, tl.load(exposure + bh * 2) + count)
-    tl.store(exposure + bh * 2 + 1, tl.load(exposure + bh * 2 + 1) + tl.sum(first_sights, axis=0))
+    tl.store(exposure + bh * 2 + 1, tl.load(exposure + bh * 2 + 1) + first_sights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -323,9 +329,9 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
     n_kv_head, P, ps = cache.k.shape[1:4]
     S = P if pages is None else pages.shape[2]
     # A tile of keys is what a program has in flight; in float32 a larger one does not fit the registers.
-    KEYS = 64 if q.element_size() == 2 else 32
-    # Enough programs to fill the GPU a few times over, but none with less than a tile of keys to read.
-    programs = 512 if q.is_cuda else 3
+    KEYS = 128 if q.element_size() == 2 else 32
+    # About two programs a multiprocessor, but none with less than a tile of keys to read.
+    programs = 256 if q.is_cuda else 3
     splits = max(1, min(programs // (B * n_kv_head), triton.cdiv(S * ps, KEYS), 64))
     o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
     lse = torch.empty(splits, B, W, n_head, device=q.device, dtype=torch.float32)
@@ -349,7 +355,7 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
         ROWS=max(16, triton.next_power_of_2(W * G)),  # tl.dot wants 16 rows at least
         HS=hs,
         KEYS=KEYS,
-        num_stages=3,
+        num_stages=2,
     )
     return o, lse
 

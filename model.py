@@ -679,7 +679,8 @@ class Decoder:
             raise IndexError(f"position {self.position + 1} is behind the end of the cache of {self.max_seq_len} tokens")
         self.position += 1
         self.token.copy_(token)
-        if not self.captures or self.logits is None:  # the first step compiles the kernels, which a capture cannot do
+        watched = any(layer.hook is not None for layer in self.layers)  # a hook runs on the host
+        if not self.captures or watched or self.logits is None:  # the first step compiles the kernels, a capture could not
             self.logits = self._step()
             return self.logits
         if self.graph is None:

@@ -1254,10 +1254,10 @@ def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
 def test_what_does_not_fit_is_said_before_loading(capsys, monkeypatch):
     """The line on memory counts what is allocated; a context that cannot fit is refused with the largest that would."""
     monkeypatch.setattr(Llama, "from_checkpoint", lambda *a, **k: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 4000, "SC_PAGE_SIZE": 4096}[name])  # 16 MB
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 20_000, "SC_PAGE_SIZE": 4096}[name])  # 82 MB
     code, out, error = command(capsys, "--max_new_tokens", "4000", "--num_samples", "9")
     config = sample.read_checkpoint(TINY)[0]
-    assert code == 2 and not out and "more than the 0.0 GB of cpu" in error
+    assert code == 2 and not out and "more than the 0.1 GB of cpu" in error
     fits = int(re.search(r"at most (\d+) tokens", error)[1])
     args = RetroConfig(page_size=8, dense_layers=0), 9
     sample.check_memory(config, *args, fits, torch.device("cpu"), torch.float32)
