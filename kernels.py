@@ -68,6 +68,7 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
         HS=hs,
         # W rows in a line touch so many pages at most
         TOUCHED=(W + ps - 2) // ps + 1 if bounded else 0,
+        num_warps=1 if W <= 8 else 4,  # a few rows: more threads would only wait for each other
     )
     return q_rotated
 
@@ -246,7 +247,7 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
         S,
         **budget_of(cache.config),
         N=N,
-        num_warps=min(32, max(4, N // 256)),  # 8 pages a thread
+        num_warps=min(32, max(4, N // 512)),  # 16 pages a thread
     )
     return pages, stamps
 
@@ -472,6 +473,7 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
         W=W,
         SPLITS=triton.next_power_of_2(splits),
         HS=hs,
+        num_warps=max(1, splits // 32),
     )
     return merged
 

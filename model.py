@@ -445,8 +445,29 @@ def rope_table(config: LlamaConfig, device: torch.device | str, dtype: torch.dty
     return angles.cos(), angles.sin()
 
 
+def side_by_side(*maps: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of linear maps with the same input, one below the other, so that one product does them all.
+
+    The maps' own parameters become views of them: same names, same numbers, no memory.
+    """
+    joint = []
+    for kind in ("weight", "bias"):
+        own = [getattr(m, kind) for m in maps]
+        joint.append(None if own[0] is None else torch.cat([p.data for p in own]))
+        for p, part in zip(own, () if own[0] is None else joint[-1].split([len(p) for p in own]), strict=False):
+            p.data = part
+    return tuple(joint)
+
+
+def add_product(x: torch.Tensor, y: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """x + linear(y), (B, T, dim). Where no gradient is asked for, the product itself adds, into x: one kernel less."""
+    if torch.is_grad_enabled():
+        return x + linear(y)
+    return x.flatten(0, 1).addmm_(y.flatten(0, 1), linear.weight.T).view_as(x)
+
+
 class Attention(nn.Module):
-    """Projects to queries, keys and values, attends, projects back. RetroAttention takes over in between."""
+    """Projects to queries, keys and values, and attends. RetroAttention takes over in between."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -455,13 +476,22 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, config.n_kv_head * self.hs, bias=config.qkv_bias)
         self.wv = nn.Linear(config.dim, config.n_kv_head * self.hs, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_head * self.hs, config.dim, bias=False)
+        self.wqkv = None  # side by side, for decode steps
 
     def forward(self, x, cos, sin, retro: RetroAttention | None = None, t: torch.Tensor | None = None):
-        """x (B, T, dim): dense without `retro`; the prompt's prefill with `retro`; a decode step at position `t` with both."""
+        """x (B, T, dim): dense without `retro`; the prompt's prefill with `retro`; a decode step at position `t` with both.
+
+        -> the heads' outputs (B, T, n_head * hs), before `wo`.
+        """
         B, T, _ = x.shape  # T is W in a decode step
-        q = self.wq(x).view(B, T, self.n_head, self.hs)
-        k = self.wk(x).view(B, T, self.n_kv_head, self.hs)
-        v = self.wv(x).view(B, T, self.n_kv_head, self.hs)
+        maps = (self.wq, self.wk, self.wv)
+        if t is None:
+            q, k, v = (m(x) for m in maps)
+        else:
+            q, k, v = F.linear(x, *self.wqkv).split([m.out_features for m in maps], dim=-1)
+        q = q.view(B, T, self.n_head, self.hs)
+        k = k.view(B, T, self.n_kv_head, self.hs)
+        v = v.view(B, T, self.n_kv_head, self.hs)
         if t is not None:
             o = retro.decode(q, k, v, cos, sin, t)  # (B, W, n_head, hs)
         else:
@@ -471,7 +501,7 @@ class Attention(nn.Module):
             ).transpose(1, 2)  # (B, T, n_head, hs)
             if retro is not None:
                 retro.prefill(q, k, v)
-        return self.wo(o.reshape(B, T, -1))
+        return o.reshape(B, T, -1)
 
 
 class FeedForward(nn.Module):
@@ -482,11 +512,12 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w13 = None  # side by side, for decode steps
 
-    def forward(self, x):
-        """(B, T, dim) -> (B, T, dim). A long prompt goes through in pieces, or its inner values would take most memory."""
-        parts = [self.w2(F.silu(self.w1(part)) * self.w3(part)) for part in x.split(8192, dim=1)]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    def forward(self, x, decoding: bool = False):
+        """(B, T, dim) -> the inner values (B, T, ffn_dim), before `w2`."""
+        gate, value = F.linear(x, *self.w13).chunk(2, dim=-1) if decoding else (self.w1(x), self.w3(x))
+        return F.silu(gate) * value
 
 
 class Block(nn.Module):
@@ -500,8 +531,19 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x, cos, sin, retro=None, t=None):
-        x = x + self.attention(self.attention_norm(x), cos, sin, retro, t)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = add_product(x, self.attention(self.attention_norm(x), cos, sin, retro, t), self.attention.wo)
+        # A long prompt goes through in pieces, or the feed-forward's inner values would take most of the memory.
+        parts = [
+            add_product(part, self.feed_forward(self.ffn_norm(part), t is not None), self.feed_forward.w2)
+            for part in x.split(8192, dim=1)
+        ]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def pack(self):
+        """Readies the layer for decode steps; again after moving or casting the model."""
+        a, f = self.attention, self.feed_forward
+        if a.wqkv is None or a.wqkv[0].data_ptr() != a.wq.weight.data_ptr():
+            a.wqkv, f.w13 = side_by_side(a.wq, a.wk, a.wv), side_by_side(f.w1, f.w3)
 
 
 class Llama(nn.Module):
@@ -636,6 +678,8 @@ class Decoder:
                 f"dense_layers must be between 0 and the model's {config.n_layer} layers, not {retro.dense_layers}"
             )
         self.model, self.retro, self.max_seq_len = model, retro, max_seq_len
+        for layer in model.layers:
+            layer.pack()
         self.layers = [
             RetroAttention(
                 retro,
