@@ -5,8 +5,9 @@
     longgen     many questions in one prompt, all answers in one generation, as LongGenBench has it; for a real checkpoint
     picture     two panels out of the JSON of `quality` and `exposure`
 
-Tables go to stdout, and as its last line all numbers as one line of JSON, with versions, device and arguments. Progress goes to
-stderr. Exit code 0 on success, 2 with one line on a mistake in the arguments or files, 130 after Ctrl-C, 1 if the reader has gone.
+Tables go to stdout, and as its last line all numbers as one line of JSON, with versions, device and arguments. Progress goes
+to stderr. Exit code 0 on success, 2 with one line on a mistake in the arguments or files, 130 after Ctrl-C, 1 if the reader of
+stdout has gone.
 
 Shapes: B passages or questions, L decode steps, T tokens; the rest as in retro_attention.py.
 """
@@ -22,7 +23,7 @@ import re
 import sys
 import time
 from collections import deque
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ import torch
 from model import Decoder, Llama, Tokenizer
 from retro_attention import RetroAttention, RetroConfig, accumulator, apply_rope, attend, combine, merge, score, select, write
 from sample import DTYPES, choose_device, load
-from tiny.train import TASKS
+from tiny.train import NAMES, TASKS
 
 START = time.time()
 
@@ -159,7 +160,7 @@ class SelectionReuse(RetroAttention):
 
 
 class ReSA(Decoder):
-    """Quest, and after every 32nd step a dense pass over the last 32 tokens that overwrites their K and V (Sun et al., 2025)."""
+    """Quest, and after every 32nd step a dense pass over the last 32 tokens that overwrites their KV (Sun et al., 2025)."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -235,9 +236,9 @@ def read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"text {path}: {error.strerror}") from None
+        raise ValueError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"text {path}: not UTF-8 at byte {error.start}") from None
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
@@ -264,8 +265,8 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
 
 
 def forced(decoder: Decoder, idx: torch.Tensor, prefix: int):
-    """Feeds tokens prefix .. T-2 of idx (B, T) one by one. Yields, for each, the log-probabilities of the next (B, vocab) and the
-    attention outputs of the newest row (n_layer, B, dim). The prompt's own are left out: they are dense for all methods."""
+    """Feeds tokens prefix .. T-2 of idx (B, T) one by one. Yields, for each, the log-probabilities of the next (B, vocab) and
+    the attention outputs of the newest row (n_layer, B, dim). The prompt's own are left out: all methods' prefill is dense."""
     outputs = []
     hooks = [
         layer.attention.register_forward_hook(lambda module, args, x: outputs.append(x[:, -1].float()))
@@ -302,7 +303,9 @@ def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch
         ids, before = tok.encode(question), []
         room = args.prefix - len(ids) - (tok.bos is not None)
         if room < 0:
-            raise ValueError(f"prefix must be at least {args.prefix - room} for {args.entries} entries of {name}, not {args.prefix}")
+            raise ValueError(
+                f"prefix must be at least {args.prefix - room} for {args.entries} entries of {name}, not {args.prefix}"
+            )
         while len(before) < room:
             before = tok.encode("".join(rng.choice(list(TASKS.values()))(rng, min(32, args.entries)))) + before
         rows.append([tok.bos] * (tok.bos is not None) + before[len(before) - room :] + ids)
@@ -336,22 +339,24 @@ def text_quality(args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict
     """Teacher-forced: every method reads the same text, and is compared with full attention token by token."""
     idx = passages(args, model, tok)
     B, T = idx.shape
-    full, rows, seen = [], {}, {}
-    for name, config in methods(retro, args.windows, neighbours=True).items():
+    full, seen, configs = [], {}, methods(retro, args.windows, neighbours=True)
+    for name, config in configs.items():
         progress(f"text: {name}")
         steps = forced(new_decoder(name, config, model, B, T), idx, args.prefix)
         full = full or list(steps)
-        seen[name] = x = fidelity(full if config is None else steps, full, idx[:, args.prefix + 1 :])
-        quest = seen.get("Quest", x)
-        rows[name] = {
-            "kv_share": kv_share(name, config, model.config.n_layer, range(args.prefix, T - 1)),
+        seen[name] = fidelity(full if config is None else steps, full, idx[:, args.prefix + 1 :])
+    rows = {
+        name: {
+            "kv_share": kv_share(name, configs[name], model.config.n_layer, range(args.prefix, T - 1)),
             "kl": x["kl"].mean().item(),
-            "kl_to_quest": against(x["kl"], quest["kl"]),
+            "kl_to_quest": against(x["kl"], seen["Quest"]["kl"]),
             "gap": x["gap"].mean().item(),
-            "gap_to_quest": against(x["gap"], quest["gap"]),
+            "gap_to_quest": against(x["gap"], seen["Quest"]["gap"]),
             "gap_by_position": parts(x["gap"], args.buckets),
             "attention_error": x["error"].mean(dim=0).tolist(),
         }
+        for name, x in seen.items()
+    }
     edges = [0] + [len(part) for part in torch.arange(args.length).tensor_split(min(args.buckets, args.length))]
     return {"positions": torch.tensor(edges).cumsum(0).tolist(), "rows": rows}
 
@@ -362,15 +367,457 @@ def task_quality(task: str, args, retro: RetroConfig, model: Llama, tok: Tokeniz
     steps = max(len(tok.encode(answer)) for answer in answers)
     T = args.prefix + steps
     if T > model.config.max_seq_len:
-        raise ValueError(f"prefix must be at most {model.config.max_seq_len - steps} for answers of {steps} tokens, not {args.prefix}")
-    rows, seen = {}, {}
-    for name, config in methods(retro, args.windows, neighbours=True).items():
+        raise ValueError(
+            f"prefix must be at most {model.config.max_seq_len - steps} for answers of {steps} tokens, not {args.prefix}"
+        )
+    seen, configs = {}, methods(retro, args.windows, neighbours=True)
+    for name, config in configs.items():
         progress(f"{task}: {name}")
-        seen[name] = x = lines_right(new_decoder(name, config, model, len(idx), T), idx, answers, tok, steps)
-        rows[name] = {
-            "kv_share": kv_share(name, config, model.config.n_layer, range(args.prefix, T - 1)),
+        seen[name] = lines_right(new_decoder(name, config, model, len(idx), T), idx, answers, tok, steps)
+    rows = {
+        name: {
+            "kv_share": kv_share(name, configs[name], model.config.n_layer, range(args.prefix, T - 1)),
             "right": x.mean().item(),
-            "right_to_quest": against(x, seen.get("Quest", x)),
+            "right_to_quest": against(x, seen["Quest"]),
             "right_by_quarter": parts(x, 4),
         }
+        for name, x in seen.items()
+    }
     return {"rows": rows}
+
+
+def table(title: str, head: list[str], rows: list[list[str]]):
+    """Prints columns as wide as they need to be: names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    print(f"\n{title}\n")
+    for row in [head, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+
+
+def signed(pair: list[float], digits: int) -> str:
+    return f"{pair[0]:+.{digits}f} ±{pair[1]:.{digits}f}"
+
+
+def show_text(text: dict, args):
+    rows = text["rows"].items()
+    head = ["method", "KV read", "KL", "to Quest", "nats/token lost", "to Quest"]
+    figures = [
+        [name, f"{r['kv_share']:.1%}", f"{r['kl']:.5f}", signed(r["kl_to_quest"], 5), f"{r['gap']:+.4f}",
+         signed(r["gap_to_quest"], 4)]
+        for name, r in rows
+    ]  # fmt: skip
+    source = args.text or "text sampled from the checkpoint"
+    title = f"{args.passages} passages of {source}: {args.prefix} tokens of prompt, {args.length} decoded, teacher-forced"
+    table(title, head, figures)
+    spans = [f"{a + 1}-{b}" for a, b in zip(text["positions"], text["positions"][1:], strict=False)]
+    by_position = [[name, *(f"{x:+.4f}" for x in r["gap_by_position"])] for name, r in rows]
+    table("Nats a token lost against full attention, by position behind the prompt", ["method", *spans], by_position)
+    layers = [f"layer {i}" for i in range(len(text["rows"]["full"]["attention_error"]))]
+    errors = [[name, *(f"{x:.3f}" for x in r["attention_error"])] for name, r in rows]
+    table("Attention outputs: distance to full attention's, relative to their length", ["method", *layers], errors)
+
+
+def show_task(task: str, rows: dict, args):
+    figures = [
+        [name, f"{r['kv_share']:.1%}", f"{r['right']:.1%}", signed([100 * x for x in r["right_to_quest"]], 1),
+         *(f"{x:.0%}" for x in r["right_by_quarter"])]
+        for name, r in rows.items()
+    ]  # fmt: skip
+    title = f"{task}: {args.questions} questions of {args.entries} entries, answers free-running, lines exactly right"
+    quarters = [f"quarter {i + 1}" for i in range(len(rows["full"]["right_by_quarter"]))]
+    table(title, ["method", "KV read", "right", "to Quest (points)", *quarters], figures)
+
+
+# (default, with --quick) of what decides how long it takes
+SIZES = {"passages": (24, 8), "prefix": (2048, 1024), "length": (384, 128), "questions": (24, 8), "entries": (32, 16)}
+
+
+def quality(args) -> dict:
+    for name, (usual, quick) in SIZES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, quick if args.quick else usual)
+    at_least(args, passages=2, prefix=1, length=1, questions=0, entries=1, buckets=1)
+    if args.questions == 1 or args.entries > len(NAMES):
+        raise ValueError(f"questions must not be 1 and entries at most {len(NAMES)}, not {args.questions} and {args.entries}")
+    retro, model, tok = setup(args)
+    text = text_quality(args, retro, model, tok)
+    tasks = {task: task_quality(task, args, retro, model, tok) for task in TASKS} if args.questions else {}
+    show_text(text, args)
+    for task, results in tasks.items():
+        show_task(task, results["rows"], args)
+    return {"text": text, "tasks": tasks}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# exposure
+
+
+class PageRanks(RetroAttention):
+    """Attends to everything, and notes at each step in which order Quest would have taken the pages."""
+
+    def prefill(self, q, k, v):
+        super().prefill(q, k, v)
+        self.ranks = []
+
+    def decode(self, q, k, v, cos, sin, t):
+        q = write(q, k, v, cos, sin, self.cache, t)
+        scores = score(q, self.cache, t)
+        scores[..., -1] = torch.inf  # the newest page is always loaded
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        self.ranks.append(order.argsort(dim=-1))  # (B, n_kv_head, pages held): 0 is the page taken first
+        return merge(*attend(q, self.cache, None, None, t))[0].to(q.dtype)
+
+
+def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> list[float]:
+    """Of the pages that a step takes, the shares that the step `distance` before had in its top-k and in its next k.
+
+    ranks: of each step (B, n_kv_head, pages held); selected: its k. A page begun since then is in neither.
+    """
+    shares = []
+    for i in range(distance, len(ranks)):
+        now, past, k = ranks[i] < selected[i], ranks[i - distance], selected[i - distance]
+        past = torch.nn.functional.pad(past, (0, now.shape[2] - past.shape[2]), value=2 * k)
+        shares.append(torch.stack([(now & (past < k)).sum(), (now & (past >= k) & (past < 2 * k)).sum()]) / now.sum())
+    return torch.stack(shares).mean(dim=0).tolist()
+
+
+def page_overlaps(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> dict[int, list[float]]:
+    """Distance -> overlap with the past query's top-k and next-k, a mean over the sparse layers (paper, figure 2b)."""
+    progress("pages wanted with full attention")
+    decoder = Decoder(model, len(idx), replace(retro, impl="torch"), idx.shape[1])
+    layers = decoder.layers[retro.dense_layers :]
+    for layer in layers:
+        layer.__class__ = PageRanks
+    deque(forced(decoder, idx, args.prefix), maxlen=0)
+    selected = [retro.pages_selected(t) for t in range(args.prefix, idx.shape[1] - 1)]
+    return {
+        d: torch.tensor([overlap(layer.ranks, selected, d) for layer in layers]).mean(dim=0).tolist()
+        for d in range(1, args.distance + 1)
+    }
+
+
+def effective_budget(retro: RetroConfig, args, model: Llama, idx: torch.Tensor) -> float:
+    """Pages that a query is exposed to in the end, in a unit of those selected for it (paper, figure 2c)."""
+    progress(f"exposure: W={retro.window}")
+    decoder = Decoder(model, len(idx), retro, idx.shape[1])
+    deque(forced(decoder, idx, args.prefix), maxlen=0)
+    counts = sum(layer.cache.exposure.sum((0, 1)) for layer in decoder.layers if not layer.dense)
+    loaded, first_seen = counts.tolist()
+    return 1 + first_seen / loaded
+
+
+def exposure(args) -> dict:
+    at_least(args, passages=1, prefix=1, length=2, distance=1)
+    if args.distance >= args.length:
+        raise ValueError(f"distance must be between 1 and length - 1 = {args.length - 1}, not {args.distance}")
+    retro, model, tok = setup(args)
+    if retro.dense_layers == model.config.n_layer:
+        raise ValueError(f"dense_layers must be at most {model.config.n_layer - 1}, not {retro.dense_layers}: no layer selects")
+    idx = passages(args, model, tok)
+    overlaps = page_overlaps(args, retro, model, idx)
+    windows = sorted({1, *args.windows})
+    budgets = {w: effective_budget(replace(retro, window=w), args, model, idx) for w in windows}
+    rows = [[str(d), f"{top:.1%}", f"{beyond:.1%}", f"{top + beyond:.1%}"] for d, (top, beyond) in overlaps.items()]
+    title = "Pages wanted now that a past query had in its top-k or next-k (full attention)"
+    table(title, ["steps back", "top-k", "next-k", "both"], rows)
+    rows = [[str(w), f"{x:.3f}x"] for w, x in budgets.items()]
+    table("Pages a query meets in the end, in units of those selected for it", ["W", "exposure"], rows)
+    return {"overlap": overlaps, "effective_budget": budgets}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# longgen
+
+INSTRUCTION = (
+    "Answer all of the questions below, one after the other and step by step, in the form of the examples: begin each answer "
+    "with Answer_ and the number of its question, and end it with 'The answer is' and a number. Do not repeat the questions."
+)
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+
+
+def to_number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def read_questions(path: str, needed: int) -> list[dict]:
+    """Questions, worked answers and results out of GSM8K's JSONL, where an answer ends in `#### number`."""
+    pairs = []
+    for i, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            pair = json.loads(line)
+            # GSM8K marks what a calculator should do: <<48/2=24>>.
+            work, result = re.sub(r"<<.*?>>", "", pair["answer"]).split("####")
+            pairs.append({"question": pair["question"].strip(), "work": work.strip(), "result": to_number(result)})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}: line {i} is not a question and an answer that ends in '#### number'") from None
+    if len(pairs) < needed:
+        raise ValueError(f"{path} has {len(pairs)} questions: examples + prompts * the largest n need {needed}")
+    return pairs
+
+
+def longgen_prompt(examples: list[dict], questions: list[dict]) -> str:
+    """Worked examples in the form that the answer shall have, then the questions; all answers are to follow in one text."""
+    asked = lambda pairs: [f"Question_{i}: {p['question']}" for i, p in enumerate(pairs, 1)]  # noqa: E731
+    worked = [f"Answer_{i}: {p['work']} The answer is {p['result']:.12g}." for i, p in enumerate(examples, 1)]
+    return "\n\n".join([INSTRUCTION, "Examples", *asked(examples), *worked, "Questions", *asked(questions), "Answers\n"])
+
+
+def read_answers(text: str) -> dict[int, float]:
+    """Number of the question -> result, wherever in the text the answer stands.
+
+    The result is the number behind 'The answer is', else the last one before the next answer begins. Of several answers with
+    the same number the first that holds a result counts: what follows may be another question of the model's own making.
+    """
+    found = {}
+    pieces = re.split(r"Answer_(\d+)", text)
+    for i, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+        stated = re.search(rf"[Tt]he answer is[^\d\n]*?({NUMBER})", piece)
+        numbers = [stated[1]] if stated else re.findall(NUMBER, piece)
+        if numbers:
+            found.setdefault(int(i), to_number(numbers[-1]))
+    return found
+
+
+def finished_runs(out: Path) -> list[dict]:
+    """The records in the file. A last line without its end was cut off by an interruption: it is dropped from the file."""
+    if not out.exists():
+        return []
+    text = read_text(out)
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        if not all(record["run"] and "right" in record for record in records):
+            raise KeyError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"out {out}: exists, and is not a file of this command's results") from None
+    if whole != text:
+        os.truncate(out, len(whole.encode()))
+    return records
+
+
+def answer_prompt(name, config, args, model, tok, ids: list[int], questions: list[dict]) -> dict:
+    """One generation, greedy, until the model stops or has had `answer_tokens` for each question."""
+    length, n = len(ids) + args.answer_tokens * len(questions), len(questions)
+    if length > model.config.max_seq_len:
+        raise ValueError(
+            f"n = {n}: a prompt of {len(ids)} tokens and answer_tokens of {args.answer_tokens} for each question "
+            f"are {length}, the context is {model.config.max_seq_len}"
+        )
+    decoder = new_decoder(name, config, model, 1, length)
+    prompt = torch.tensor([ids], device=model.norm.weight.device)  # (1, T)
+    stream = decoder.stream(prompt, length - len(ids), temperature=0, stop_tokens=tok.stop_tokens)
+    new = torch.cat(list(stream)).tolist()
+    text = tok.decode([token for token in new if token not in tok.stop_tokens])
+    found = read_answers(text)
+    right = [found.get(i) == pair["result"] for i, pair in enumerate(questions, 1)]
+    steps = range(len(ids), len(ids) + len(new) - 1)  # the first token comes out of the prefill
+    share = kv_share(name, config, model.config.n_layer, steps) if steps else 1.0
+    answered = sum(i in found for i in range(1, n + 1))
+    return {"right": sum(right), "answered": answered, "right_at": right, "tokens": len(new), "kv_share": share, "text": text}
+
+
+def longgen_runs(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
+    """Yields one record a prompt and method, the finished ones from the file; a new one is in the file before it is yielded."""
+    pairs = read_questions(args.questions, args.examples + args.prompts * max(args.n))
+    out, examples = Path(args.out), pairs[: args.examples]
+    finished = finished_runs(out)
+    settings = {"checkpoint": str(args.checkpoint), "questions": args.questions, "dtype": str(model.norm.weight.dtype)}
+    settings |= {name: getattr(args, name) for name in ("examples", "answer_tokens", "chat")}
+    for n in args.n:
+        for i in range(args.prompts):
+            questions = pairs[args.examples + i * n : args.examples + (i + 1) * n]
+            prompt = longgen_prompt(examples, questions)
+            ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
+            for name, config in methods(retro, args.windows).items():
+                run = settings | {"method": name, "n": n, "prompt": i, "retro": asdict(config) if config else None}
+                record = next((record for record in finished if record["run"] == run), None)
+                if record is None:
+                    progress(f"n={n}, prompt {i + 1} of {args.prompts}: {name}")
+                    record = {"run": run} | answer_prompt(name, config, args, model, tok, ids, questions)
+                    with open(out, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
+                yield record
+
+
+def longgen(args) -> dict:
+    at_least(args, prompts=1, examples=1, answer_tokens=1)
+    if min(args.n) < 1:
+        raise ValueError(f"n must be >= 1, not {min(args.n)}")
+    records = list(longgen_runs(args, *setup(args)))
+    groups = {}
+    for record in records:
+        groups.setdefault((record["run"]["n"], record["run"]["method"]), []).append(record)
+    results = [
+        {
+            "n": n,
+            "method": name,
+            "right": sum(record["right"] for record in group) / (n * len(group)),
+            "answered": sum(record["answered"] for record in group) / (n * len(group)),
+            "tokens": sum(record["tokens"] for record in group) / len(group),
+            "kv_share": sum(record["kv_share"] for record in group) / len(group),
+        }
+        for (n, name), group in groups.items()
+    ]
+    rows = [
+        [f"n={r['n']} {r['method']}", f"{r['kv_share']:.1%}", f"{r['right']:.1%}", f"{r['answered']:.1%}", f"{r['tokens']:.0f}"]
+        for r in results
+    ]
+    title = f"{args.prompts} prompts of n questions each; an unanswered question counts as wrong"
+    table(title, ["", "KV read", "right", "answered", "tokens"], rows)
+    return {"rows": results}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# picture
+
+COLORS = ["#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's, which the color-blind tell apart
+
+
+def last_line(path: str, command: str) -> dict:
+    """The results of a command whose output was saved: its last line is the JSON."""
+    try:
+        record = json.loads(read_text(path).rstrip().split("\n")[-1])
+        if record["command"] != command:
+            raise ValueError
+        return record["results"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path}: its last line is not the JSON of bench.py {command}") from None
+
+
+def picture(args) -> dict:
+    text, met = last_line(args.quality, "quality")["text"], last_line(args.exposure, "exposure")["effective_budget"]
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("matplotlib is not installed: pip install matplotlib") from None
+    matplotlib.use("Agg")  # draws into a file, needs no display
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150)
+    ends, drawn = text["positions"], [name for name in text["rows"] if name == "Quest" or name.startswith("Retro")]
+    middles = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
+    for name, color, marker in zip(drawn, COLORS, "osD^vP", strict=False):
+        left.plot(middles, text["rows"][name]["gap_by_position"], color=color, marker=marker, label=name)
+    left.axhline(0, color="black", linewidth=1, linestyle=":")
+    left.set(xlabel="tokens generated", ylabel="nats a token lost\nagainst full attention")
+    left.legend(frameon=False)
+    right.plot([int(w) for w in met], list(met.values()), color=COLORS[2], marker="o")
+    right.set(xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met])
+    figure.savefig(args.out)
+    print(f"{args.out} written")
+    return {"file": args.out}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def at_least(args, **least: int):
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise ValueError(f"{name} must be >= {value}, not {getattr(args, name)}")
+
+
+def setup(args) -> tuple[RetroConfig, Llama, Tokenizer]:
+    """What all measurements need: the budget as a configuration of Quest, the model, its tokenizer."""
+    device = choose_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    limits = {name: getattr(args, name) for name in ("page_size", "budget", "min_tokens", "dense_layers", "impl")}
+    retro = RetroConfig(window=1, **limits)
+    methods(retro, args.windows)  # refuses a window before anything is loaded
+    _, tok = load(args)
+    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    return retro, Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype), tok
+
+
+def add_method_options(add, min_tokens: int, dense_layers: int):
+    add("--checkpoint", default=Path(__file__).resolve().parent / "tiny", help="folder in Meta's format or Hugging Face's")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto is bfloat16 on a GPU, float32 elsewhere")
+    add("--impl", choices=["auto", "torch", "triton"], default="auto", help="auto is triton on a GPU, torch elsewhere")
+    add("--windows", type=int, nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
+    add("--budget", type=float, default=0.15, help="share of the KV pages that a step loads")
+    add("--min_tokens", type=int, default=min_tokens, help="a step never loads less than this many tokens' worth of pages")
+    add("--page_size", type=int, default=16, help="tokens a page, a power of two")
+    add("--dense_layers", type=int, default=dense_layers, help="first layers that attend to everything")
+
+
+def add_text_options(add, passages: int | None, prefix: int | None, length: int | None):
+    """None: decided by SIZES."""
+    add("--text", default=None, help="file to cut passages from; without it they are sampled from the checkpoint")
+    add("--seed", type=int, default=0, help="of the sampled texts and of the tasks' questions")
+    add("--passages", type=int, default=passages, help="passages, as one batch")
+    add("--prefix", type=int, default=prefix, help="tokens of prompt")
+    add("--length", type=int, default=length, help="tokens decoded behind it, a passage")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(run, help):
+        sub = commands.add_parser(run.__name__, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        return sub.add_argument
+
+    add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
+    add_method_options(add, min_tokens=32, dense_layers=0)  # for the small checkpoint: the paper's floor and layers hide all
+    add_text_options(add, passages=None, prefix=None, length=None)
+    add("--questions", type=int, default=None, help="questions of each task; 0 leaves the tasks out")
+    add("--entries", type=int, default=None, help="lines to remember, a question")
+    add("--buckets", type=int, default=8, help="parts of the decoded text to report on")
+    add("--quick", action="store_true", help=", ".join(f"{name} {quick}" for name, (_, quick) in SIZES.items()))
+    add = command(exposure, "which pages neighbouring queries want, and how many a query meets")
+    add_method_options(add, min_tokens=32, dense_layers=0)
+    add_text_options(add, passages=8, prefix=2048, length=256)
+    add("--distance", type=int, default=8, help="steps to look back")
+    add = command(longgen, "many questions in one prompt (GSM8K's format), for a real checkpoint")
+    add_method_options(add, min_tokens=256, dense_layers=2)
+    add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
+    add("--out", required=True, help="JSONL of results, one line a finished prompt; what is in it is not run again")
+    add("--n", type=int, nargs="+", default=[15, 30, 45], help="questions a prompt")
+    add("--prompts", type=int, default=10, help="prompts of each n")
+    add("--examples", type=int, default=8, help="worked examples in front, the first questions of the file")
+    add("--answer_tokens", type=int, default=256, help="tokens to generate at most, a question")
+    add("--chat", action="store_true", help="the prompt is a user's message, in the format of the checkpoint's tokenizer")
+    add = command(picture, "draws the results of quality and exposure (needs matplotlib)")
+    add("--quality", required=True, help="saved output of bench.py quality")
+    add("--exposure", required=True, help="saved output of bench.py exposure")
+    add("--out", default="quality.png", help="file to write")
+    return parser.parse_args(argv)
+
+
+def as_json(args: argparse.Namespace, results: dict) -> str:
+    device = choose_device(getattr(args, "device", "cpu"))
+    record = {
+        "command": args.command,
+        "arguments": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "run"},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.time() - START),
+        "results": results,
+    }
+    return json.dumps(record)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        print("\n" + as_json(args, args.run(args)), flush=True)
+        return 0
+    except BrokenPipeError:  # the reader of our stdout has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
