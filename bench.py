@@ -14,6 +14,7 @@ Shapes: B passages or questions, L decode steps, T tokens; the rest as in retro_
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -23,13 +24,28 @@ import re
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import distributions
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model import Decoder, Llama, Tokenizer
-from retro_attention import RetroAttention, RetroConfig, accumulator, apply_rope, attend, combine, merge, score, select, write
+from retro_attention import (
+    LayerCache,
+    RetroConfig,
+    accumulator,
+    apply_rope,
+    attend,
+    combine,
+    merge,
+    score,
+    select,
+    store,
+    write,
+)
 from sample import DTYPES, choose_device, load
 from tiny.train import NAMES, TASKS
 
@@ -50,8 +66,19 @@ SINKS = 4  # StreamingLLM's first tokens, which take the attention that has nowh
 REFRESH = 32  # steps between two dense passes of RefreshKV and of ReSA
 
 
-class TokenPolicy(RetroAttention):
-    """A layer that chooses single tokens and not pages. Nothing is moved in memory: what is evicted is just not read again."""
+class Neighbour:
+    """Stands in for a layer's RetroAttention, with the same two methods, on the same cache."""
+
+    def __init__(self, cache: LayerCache):
+        self.cache = cache
+
+    def prefill(self, q, k, v):
+        self.prompt_len = k.shape[1]
+        store(k, v, self.cache, self.prompt_len - 1)
+
+
+class TokenPolicy(Neighbour):
+    """Chooses single tokens and not pages. Nothing is moved in memory: what is evicted is just not read again."""
 
     def allowed(self, t: int) -> int:
         """Tokens that may be read at position t."""
@@ -100,7 +127,7 @@ class TOVA(TokenPolicy):
 
     def prefill(self, q, k, v):
         super().prefill(q, k, v)
-        t = k.shape[1] - 1
+        t = self.prompt_len - 1
         self.kept = torch.ones(len(k), t + 1, dtype=torch.bool, device=k.device)  # (B, t+1)
         self.evict(self.softmax(q[:, -1:], *self.keys_and_values(t))[1], t)
 
@@ -126,7 +153,6 @@ class RefreshKV(TokenPolicy):
 
     def prefill(self, q, k, v):
         super().prefill(q, k, v)
-        self.prompt_len = k.shape[1]
         self.importance = self.softmax(q[:, -1:], *self.keys_and_values(self.prompt_len - 1))[1].mean(dim=2)
 
     def decode(self, q, k, v, cos, sin, t):
@@ -142,12 +168,8 @@ class RefreshKV(TokenPolicy):
         return self.softmax(q, *self.keys_and_values(t), visible)[0]
 
 
-class SelectionReuse(RetroAttention):
+class SelectionReuse(Neighbour):
     """Quest that chooses pages at every second step only; the step in between reads the pages of the one before."""
-
-    def prefill(self, q, k, v):
-        super().prefill(q, k, v)
-        self.prompt_len = k.shape[1]
 
     def decode(self, q, k, v, cos, sin, t):
         q = write(q, k, v, cos, sin, self.cache, t)
@@ -198,8 +220,7 @@ def methods(retro: RetroConfig, windows: list[int], neighbours: bool = False) ->
 def new_decoder(name: str, retro: RetroConfig | None, model: Llama, B: int, length: int) -> Decoder:
     decoder = (ReSA if name == "ReSA" else Decoder)(model, B, retro, length)
     if name in LAYERS:
-        for layer in decoder.layers[retro.dense_layers :]:
-            layer.__class__ = LAYERS[name]
+        decoder.layers[retro.dense_layers :] = [LAYERS[name](layer.cache) for layer in decoder.layers[retro.dense_layers :]]
     return decoder
 
 
@@ -221,7 +242,7 @@ def pages_read(name: str, retro: RetroConfig, t: int, step: int) -> float:
 
 def kv_share(name: str, retro: RetroConfig | None, n_layer: int, steps: range) -> float:
     """KV bytes read by the decode steps at these positions, all layers, as a share of full attention's."""
-    if retro is None:
+    if retro is None or not steps:
         return 1.0
     held = sum(t // retro.page_size + 1 for t in steps)
     share = sum(pages_read(name, retro, t, i + 1) for i, t in enumerate(steps)) / held
@@ -453,7 +474,7 @@ def quality(args) -> dict:
 # exposure
 
 
-class PageRanks(RetroAttention):
+class PageRanks(Neighbour):
     """Attends to everything, and notes at each step in which order Quest would have taken the pages."""
 
     def prefill(self, q, k, v):
@@ -486,9 +507,8 @@ def page_overlaps(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> 
     """Distance -> overlap with the past query's top-k and next-k, a mean over the sparse layers (paper, figure 2b)."""
     progress("pages wanted with full attention")
     decoder = Decoder(model, len(idx), replace(retro, impl="torch"), idx.shape[1])
-    layers = decoder.layers[retro.dense_layers :]
-    for layer in layers:
-        layer.__class__ = PageRanks
+    layers = [PageRanks(layer.cache) for layer in decoder.layers[retro.dense_layers :]]
+    decoder.layers[retro.dense_layers :] = layers
     deque(forced(decoder, idx, args.prefix), maxlen=0)
     selected = [retro.pages_selected(t) for t in range(args.prefix, idx.shape[1] - 1)]
     return {
@@ -543,7 +563,7 @@ def to_number(text: str) -> float:
 def read_questions(path: str, needed: int) -> list[dict]:
     """Questions, worked answers and results out of GSM8K's JSONL, where an answer ends in `#### number`."""
     pairs = []
-    for i, line in enumerate(read_text(path).splitlines(), 1):
+    for i, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
         try:
             pair = json.loads(line)
             # GSM8K marks what a calculator should do: <<48/2=24>>.
@@ -596,68 +616,72 @@ def finished_runs(out: Path) -> list[dict]:
     return records
 
 
-def answer_prompt(name, config, args, model, tok, ids: list[int], questions: list[dict]) -> dict:
-    """One generation, greedy, until the model stops or has had `answer_tokens` for each question."""
-    length, n = len(ids) + args.answer_tokens * len(questions), len(questions)
-    if length > model.config.max_seq_len:
-        raise ValueError(
-            f"n = {n}: a prompt of {len(ids)} tokens and answer_tokens of {args.answer_tokens} for each question "
-            f"are {length}, the context is {model.config.max_seq_len}"
-        )
-    decoder = new_decoder(name, config, model, 1, length)
-    prompt = torch.tensor([ids], device=model.norm.weight.device)  # (1, T)
-    stream = decoder.stream(prompt, length - len(ids), temperature=0, stop_tokens=tok.stop_tokens)
-    new = torch.cat(list(stream)).tolist()
-    text = tok.decode([token for token in new if token not in tok.stop_tokens])
-    found = read_answers(text)
-    right = [found.get(i) == pair["result"] for i, pair in enumerate(questions, 1)]
-    steps = range(len(ids), len(ids) + len(new) - 1)  # the first token comes out of the prefill
-    share = kv_share(name, config, model.config.n_layer, steps) if steps else 1.0
-    answered = sum(i in found for i in range(1, n + 1))
-    return {"right": sum(right), "answered": answered, "right_at": right, "tokens": len(new), "kv_share": share, "text": text}
-
-
-def longgen_runs(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
-    """Yields one record a prompt and method, the finished ones from the file; a new one is in the file before it is yielded."""
+def longgen_jobs(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
+    """Yields what decides a result (and so tells it apart in the file), the configuration, the prompt's ids, the questions."""
     pairs = read_questions(args.questions, args.examples + args.prompts * max(args.n))
-    out, examples = Path(args.out), pairs[: args.examples]
-    finished = finished_runs(out)
     settings = {"checkpoint": str(args.checkpoint), "questions": args.questions, "dtype": str(model.norm.weight.dtype)}
     settings |= {name: getattr(args, name) for name in ("examples", "answer_tokens", "chat")}
-    for n in args.n:
-        for i in range(args.prompts):
-            questions = pairs[args.examples + i * n : args.examples + (i + 1) * n]
-            prompt = longgen_prompt(examples, questions)
-            ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
-            for name, config in methods(retro, args.windows).items():
-                run = settings | {"method": name, "n": n, "prompt": i, "retro": asdict(config) if config else None}
-                record = next((record for record in finished if record["run"] == run), None)
-                if record is None:
-                    progress(f"n={n}, prompt {i + 1} of {args.prompts}: {name}")
-                    record = {"run": run} | answer_prompt(name, config, args, model, tok, ids, questions)
-                    with open(out, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(record) + "\n")
-                yield record
+    for n, i in itertools.product(args.n, range(args.prompts)):
+        questions = pairs[args.examples + i * n : args.examples + (i + 1) * n]
+        prompt = longgen_prompt(pairs[: args.examples], questions)
+        ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
+        length = len(ids) + args.answer_tokens * n
+        if length > model.config.max_seq_len:
+            raise ValueError(
+                f"n = {n}: a prompt of {len(ids)} tokens and {args.answer_tokens} answer_tokens for each question make {length}, "
+                f"the context is {model.config.max_seq_len}"
+            )
+        for name, config in methods(retro, args.windows).items():
+            run = settings | {"n": n, "prompt": i, "method": name, "retro": asdict(config) if config else None}
+            yield run, config, ids, questions
+
+
+def answer_prompt(name, config, max_new_tokens: int, model, tok, ids: list[int], questions: list[dict]) -> dict:
+    """One generation, greedy, until the model stops or has made `max_new_tokens`; and what of it is right."""
+    prompt = torch.tensor([ids], device=model.norm.weight.device)  # (1, T)
+    decoder = new_decoder(name, config, model, 1, len(ids) + max_new_tokens)
+    new = torch.cat(list(decoder.stream(prompt, max_new_tokens, temperature=0, stop_tokens=tok.stop_tokens))).tolist()
+    text = tok.decode([token for token in new if token not in tok.stop_tokens])
+    found = read_answers(text)
+    return {
+        "right": [found.get(i) == pair["result"] for i, pair in enumerate(questions, 1)],
+        "answered": [i in found for i in range(1, len(questions) + 1)],
+        "tokens": len(new),
+        # The first token comes out of the prefill.
+        "kv_share": kv_share(name, config, model.config.n_layer, range(len(ids), len(ids) + len(new) - 1)),
+        "text": text,
+    }
+
+
+def longgen_records(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
+    """Yields a record for each prompt and method: from the file, or made now and put into the file at once."""
+    out = Path(args.out)
+    finished = finished_runs(out)
+    jobs = list(longgen_jobs(args, retro, model, tok))
+    with open(out, "a", encoding="utf-8") as file:
+        for run, config, ids, questions in jobs:
+            record = next((record for record in finished if record["run"] == run), None)
+            if record is None:
+                progress(f"n={run['n']}, prompt {run['prompt'] + 1} of {args.prompts}: {run['method']}")
+                new_tokens = args.answer_tokens * run["n"]
+                record = {"run": run} | answer_prompt(run["method"], config, new_tokens, model, tok, ids, questions)
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+            yield record
 
 
 def longgen(args) -> dict:
     at_least(args, prompts=1, examples=1, answer_tokens=1)
-    if min(args.n) < 1:
-        raise ValueError(f"n must be >= 1, not {min(args.n)}")
-    records = list(longgen_runs(args, *setup(args)))
+    args.n = sorted(set(args.n))
+    if args.n[0] < 1:
+        raise ValueError(f"n must be >= 1, not {args.n[0]}")
     groups = {}
-    for record in records:
+    for record in longgen_records(args, *setup(args)):
         groups.setdefault((record["run"]["n"], record["run"]["method"]), []).append(record)
     results = [
-        {
-            "n": n,
-            "method": name,
-            "right": sum(record["right"] for record in group) / (n * len(group)),
-            "answered": sum(record["answered"] for record in group) / (n * len(group)),
-            "tokens": sum(record["tokens"] for record in group) / len(group),
-            "kv_share": sum(record["kv_share"] for record in group) / len(group),
-        }
-        for (n, name), group in groups.items()
+        {"n": n, "method": method}
+        | {x: np.mean([r[x] for r in group]).item() for x in ("right", "answered", "tokens", "kv_share")}
+        for (n, method), group in groups.items()
     ]
     rows = [
         [f"n={r['n']} {r['method']}", f"{r['kv_share']:.1%}", f"{r['right']:.1%}", f"{r['answered']:.1%}", f"{r['tokens']:.0f}"]
@@ -733,10 +757,10 @@ def setup(args) -> tuple[RetroConfig, Llama, Tokenizer]:
     return retro, Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype), tok
 
 
-def add_method_options(add, min_tokens: int, dense_layers: int):
+def add_method_options(add, min_tokens: int, dense_layers: int, dtype: str):
     add("--checkpoint", default=Path(__file__).resolve().parent / "tiny", help="folder in Meta's format or Hugging Face's")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto is bfloat16 on a GPU, float32 elsewhere")
+    add("--dtype", choices=["auto", *DTYPES], default=dtype, help="auto is bfloat16 on a GPU, float32 elsewhere")
     add("--impl", choices=["auto", "torch", "triton"], default="auto", help="auto is triton on a GPU, torch elsewhere")
     add("--windows", type=int, nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
     add("--budget", type=float, default=0.15, help="share of the KV pages that a step loads")
@@ -758,24 +782,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(run, help):
+    def command(run: Callable, help: str):
         sub = commands.add_parser(run.__name__, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run)
         return sub.add_argument
 
     add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
-    add_method_options(add, min_tokens=32, dense_layers=0)  # for the small checkpoint: the paper's floor and layers hide all
+    # For the small checkpoint, where the paper's floor and dense layers would hide nearly everything; and float32, because
+    # the rounding of bfloat16 is as large as what is measured.
+    small = {"min_tokens": 32, "dense_layers": 0, "dtype": "float32"}
+    add_method_options(add, **small)
     add_text_options(add, passages=None, prefix=None, length=None)
     add("--questions", type=int, default=None, help="questions of each task; 0 leaves the tasks out")
     add("--entries", type=int, default=None, help="lines to remember, a question")
     add("--buckets", type=int, default=8, help="parts of the decoded text to report on")
     add("--quick", action="store_true", help=", ".join(f"{name} {quick}" for name, (_, quick) in SIZES.items()))
     add = command(exposure, "which pages neighbouring queries want, and how many a query meets")
-    add_method_options(add, min_tokens=32, dense_layers=0)
+    add_method_options(add, **small)
     add_text_options(add, passages=8, prefix=2048, length=256)
     add("--distance", type=int, default=8, help="steps to look back")
     add = command(longgen, "many questions in one prompt (GSM8K's format), for a real checkpoint")
-    add_method_options(add, min_tokens=256, dense_layers=2)
+    add_method_options(add, min_tokens=256, dense_layers=2, dtype="auto")
     add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
     add("--out", required=True, help="JSONL of results, one line a finished prompt; what is in it is not run again")
     add("--n", type=int, nargs="+", default=[15, 30, 45], help="questions a prompt")
@@ -790,12 +817,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+PACKAGES = ("torch", "triton", "numpy", "matplotlib")
+
+
 def as_json(args: argparse.Namespace, results: dict) -> str:
     device = choose_device(getattr(args, "device", "cpu"))
     record = {
         "command": args.command,
         "arguments": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "run"},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions() if d.name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "seconds": round(time.time() - START),
@@ -812,8 +842,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our stdout has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError) as error:
-        print(f"bench.py: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"bench.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
