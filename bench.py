@@ -373,6 +373,7 @@ def text_quality(args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict
             "kl_to_quest": against(x["kl"], seen["Quest"]["kl"]),
             "gap": x["gap"].mean().item(),
             "gap_to_quest": against(x["gap"], seen["Quest"]["gap"]),
+            "kl_by_position": parts(x["kl"], args.buckets),
             "gap_by_position": parts(x["gap"], args.buckets),
             "attention_error": x["error"].mean(dim=0).tolist(),
         }
@@ -432,8 +433,10 @@ def show_text(text: dict, args):
     title = f"{args.passages} passages of {source}: {args.prefix} tokens of prompt, {args.length} decoded, teacher-forced"
     table(title, head, figures)
     spans = [f"{a + 1}-{b}" for a, b in zip(text["positions"], text["positions"][1:], strict=False)]
-    by_position = [[name, *(f"{x:+.4f}" for x in r["gap_by_position"])] for name, r in rows]
-    table("Nats a token lost against full attention, by position behind the prompt", ["method", *spans], by_position)
+    kl = [[name, *(f"{x:.5f}" for x in r["kl_by_position"])] for name, r in rows]
+    table("KL by position behind the prompt", ["method", *spans], kl)
+    gap = [[name, *(f"{x:+.4f}" for x in r["gap_by_position"])] for name, r in rows]
+    table("Nats a token lost, by position behind the prompt", ["method", *spans], gap)
     layers = [f"layer {i}" for i in range(len(text["rows"]["full"]["attention_error"]))]
     errors = [[name, *(f"{x:.3f}" for x in r["attention_error"])] for name, r in rows]
     table("Attention outputs: distance to full attention's, relative to their length", ["method", *layers], errors)
@@ -628,8 +631,8 @@ def longgen_jobs(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
         length = len(ids) + args.answer_tokens * n
         if length > model.config.max_seq_len:
             raise ValueError(
-                f"n = {n}: a prompt of {len(ids)} tokens and {args.answer_tokens} answer_tokens for each question make {length}, "
-                f"the context is {model.config.max_seq_len}"
+                f"n = {n}: a prompt of {len(ids)} tokens and {args.answer_tokens} answer_tokens for each question "
+                f"make {length}, the context is {model.config.max_seq_len}"
             )
         for name, config in methods(retro, args.windows).items():
             run = settings | {"n": n, "prompt": i, "method": name, "retro": asdict(config) if config else None}
@@ -720,15 +723,19 @@ def picture(args) -> dict:
 
     pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150)
-    ends, drawn = text["positions"], [name for name in text["rows"] if name == "Quest" or name.startswith("Retro")]
+    ends = text["positions"]
     middles = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
-    for name, color, marker in zip(drawn, COLORS, "osD^vP", strict=False):
-        left.plot(middles, text["rows"][name]["gap_by_position"], color=color, marker=marker, label=name)
-    left.axhline(0, color="black", linewidth=1, linestyle=":")
-    left.set(xlabel="tokens generated", ylabel="nats a token lost\nagainst full attention")
-    left.legend(frameon=False)
+    drawn = {name: row["kl_by_position"] for name, row in text["rows"].items() if name.startswith(("Quest", "Retro"))}
+    for (name, kl), color, marker in zip(drawn.items(), itertools.cycle(COLORS), itertools.cycle("osD^vP"), strict=False):
+        left.plot(middles, kl, color=color, marker=marker, label=name)
+    left.set(xlabel="tokens generated", ylabel="KL to full attention, nats a token", ylim=(0, None))
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
     right.plot([int(w) for w in met], list(met.values()), color=COLORS[2], marker="o")
-    right.set(xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met])
+    for w, x in met.items():
+        right.annotate(f"{x:.2f}", (int(w), x), xytext=(0, -16), textcoords="offset points", ha="center")
+    right.set(
+        xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met], ylim=(0.9, None)
+    )
     figure.savefig(args.out)
     print(f"{args.out} written")
     return {"file": args.out}
