@@ -1370,6 +1370,23 @@ def test_a_full_budget_is_full_attention_in_the_table(monkeypatch):
     assert rows["full"]["kv_share"] == rows["TOVA"]["kv_share"] == 1 < rows["Quest"]["kv_share"] < rows["ReSA"]["kv_share"]
 
 
+def test_the_outputs_compared_are_the_steps_own(monkeypatch):
+    """Those of the newest row, through the output projection: not an older row's, nor those of ReSA's pass behind the step."""
+    monkeypatch.setattr(bench, "REFRESH", 4)
+    model, tokens = random_model(), random_tokens(2, 60)
+    steps = {
+        name: [outputs for _, outputs in bench.forced(bench.new_decoder(name, retro, model, 2, 60), tokens, 55)]
+        for name, retro in (("ReSA", BENCH), ("Quest", BENCH), ("Retro W=4", replace(BENCH, budget=1.0, window=4)))
+    }
+    assert all(torch.equal(a, b) for a, b in zip(steps["ReSA"], steps["Quest"], strict=True)) and len(steps["Quest"]) == 4
+    dense = []
+    for layer in model.layers:
+        layer.attention.register_forward_hook(lambda module, args, x: dense.append(x))
+    model(tokens)
+    for i, outputs in enumerate(steps["Retro W=4"]):
+        close(outputs, torch.stack([x[:, 55 + i] for x in dense]), 1e-5)
+
+
 def test_overlap_of_page_sets():
     """Against sets: pages taken now that were among the first k, or the next k, of a past step; new pages in neither."""
     rng = np.random.default_rng(0)
@@ -1409,12 +1426,18 @@ class Scripted(Llama):
         return torch.nn.functional.one_hot(x[..., 0].long(), self.config.vocab_size).double()
 
 
+def scripted(tok, script):
+    config = dict(dim=64, n_layer=2, n_head=2, n_kv_head=2, vocab_size=tok.vocab_size, ffn_dim=16, max_seq_len=2000)
+    model = Scripted(LlamaConfig(**config, rope_theta=1e4)).eval().requires_grad_(False)
+    model.script = script
+    return model
+
+
 @pytest.fixture
 def exam(monkeypatch, tmp_path):
     """20 questions in GSM8K's form and a scripted model: `run(answers)` -> exit code, last line of stdout, the records."""
     tok = Tokenizer.from_checkpoint(TINY)
-    config = dict(dim=64, n_layer=2, n_head=2, n_kv_head=2, vocab_size=tok.vocab_size, ffn_dim=16, max_seq_len=2000)
-    model = Scripted(LlamaConfig(**config, rope_theta=1e4)).eval().requires_grad_(False)
+    model = scripted(tok, [])
     lines = [{"question": f"What is {i} + 1000?", "answer": f"<<{i}+1000>>\n#### {1000 + i:,}"} for i in range(20)]
     (tmp_path / "questions").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(bench, "setup", lambda args: (RetroConfig(window=1), model, tok))
@@ -1426,6 +1449,29 @@ def exam(monkeypatch, tmp_path):
         return code, [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
 
     return run
+
+
+def test_lines_are_right_at_their_place():
+    """A line counts where it belongs, whole: one too early, a wrong number or one that is cut off is wrong."""
+    tok, said = Tokenizer.from_checkpoint(TINY), "Ada: 1\nBen: 2\nCarl: 33\nDora: 4\nEa"
+    model = scripted(tok, tok.encode(said))
+    idx, answers = torch.zeros(3, 20, dtype=torch.long), ["Ada: 1\nBen: 2\nCarl: 3\nDora: 4\nEarl: 5\n\n", "Ben: 2\n" * 5, said]
+    right = bench.lines_right(Decoder(model, 3), idx, answers, tok, len(model.script))
+    assert right.tolist() == [[1, 1, 0, 1, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("task", bench.TASKS)
+def test_task_questions_fill_the_prompt_up(task):
+    """All of one length, begin_of_text first, the question last; the same seed asks the same."""
+    tok, model = Tokenizer.from_checkpoint(TINY), random_model()
+    args = SimpleNamespace(seed=3, questions=4, entries=5, prefix=300)
+    idx, answers = bench.task_questions(task, args, model, tok)
+    question, answer = bench.TASKS[task](random.Random(3), 5)
+    assert idx.shape == (4, 300) and (idx[:, 0] == tok.bos).all() and len(set(answers)) == 4
+    assert tok.decode(idx[0].tolist()).endswith(question) and answers[0] == answer
+    assert torch.equal(idx, bench.task_questions(task, args, model, tok)[0])
+    with pytest.raises(ValueError, match=f"for 90 entries of {task}, not 300"):
+        bench.task_questions(task, SimpleNamespace(**{**vars(args), "entries": 90}), model, tok)
 
 
 def test_longgen_counts_what_is_right(exam, capsys):
