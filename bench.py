@@ -316,8 +316,9 @@ def fidelity(steps, full: list, targets: torch.Tensor) -> dict[str, torch.Tensor
     return {"kl": torch.stack(kl, 1), "gap": torch.stack(gap, 1), "error": torch.stack(error).mean(dim=0).T}
 
 
-def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch.Tensor, list[str]]:
-    """Questions (B, prefix) and their answers' texts. In front of each, other tasks with their answers fill the prompt up."""
+def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch.Tensor, list[str], int]:
+    """Questions (B, prefix), their answers' texts, and the tokens of the longest. In front of each question, other tasks with
+    their answers fill the prompt up."""
     rng, rows, answers = random.Random(args.seed), [], []
     while len(rows) < args.questions:
         question, answer = TASKS[name](rng, args.entries)
@@ -331,7 +332,11 @@ def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch
             before = tok.encode("".join(rng.choice(list(TASKS.values()))(rng, min(32, args.entries)))) + before
         rows.append([tok.bos] * (tok.bos is not None) + before[len(before) - room :] + ids)
         answers.append(answer)
-    return torch.tensor(rows, device=model.norm.weight.device), answers
+    steps = max(len(tok.encode(answer)) for answer in answers)
+    most = model.config.max_seq_len - steps
+    if args.prefix > most:
+        raise ValueError(f"prefix must be at most {most} for answers of {steps} tokens in {name}, not {args.prefix}")
+    return torch.tensor(rows, device=model.norm.weight.device), answers, steps
 
 
 def lines_right(decoder: Decoder, idx: torch.Tensor, answers: list[str], tok: Tokenizer, steps: int) -> torch.Tensor:
@@ -356,9 +361,11 @@ def against(x: torch.Tensor, quest: torch.Tensor) -> list[float]:
     return [difference.mean().item(), difference.std().item() / math.sqrt(len(difference))]
 
 
-def text_quality(args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict:
-    """Teacher-forced: every method reads the same text, and is compared with full attention token by token."""
-    idx = passages(args, model, tok)
+def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> dict:
+    """Teacher-forced: every method reads the same text, and is compared with full attention token by token.
+
+    Full attention's distributions are kept for that: passages * length * vocabulary numbers.
+    """
     B, T = idx.shape
     full, seen, configs = [], {}, methods(retro, args.windows, neighbours=True)
     for name, config in configs.items():
@@ -383,15 +390,10 @@ def text_quality(args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict
     return {"positions": torch.tensor(edges).cumsum(0).tolist(), "rows": rows}
 
 
-def task_quality(task: str, args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict:
+def task_quality(task: str, questions: tuple, args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict:
     """Free-running: every method answers the same questions by itself."""
-    idx, answers = task_questions(task, args, model, tok)
-    steps = max(len(tok.encode(answer)) for answer in answers)
+    idx, answers, steps = questions
     T = args.prefix + steps
-    if T > model.config.max_seq_len:
-        raise ValueError(
-            f"prefix must be at most {model.config.max_seq_len - steps} for answers of {steps} tokens, not {args.prefix}"
-        )
     seen, configs = {}, methods(retro, args.windows, neighbours=True)
     for name, config in configs.items():
         progress(f"{task}: {name}")
@@ -465,12 +467,13 @@ def quality(args) -> dict:
     if args.questions == 1 or args.entries > len(NAMES):
         raise ValueError(f"questions must not be 1 and entries at most {len(NAMES)}, not {args.questions} and {args.entries}")
     retro, model, tok = setup(args)
-    text = text_quality(args, retro, model, tok)
-    tasks = {task: task_quality(task, args, retro, model, tok) for task in TASKS} if args.questions else {}
-    show_text(text, args)
-    for task, results in tasks.items():
-        show_task(task, results["rows"], args)
-    return {"text": text, "tasks": tasks}
+    questions = {task: task_questions(task, args, model, tok) for task in TASKS} if args.questions else {}
+    results = {"text": text_quality(passages(args, model, tok), args, retro, model), "tasks": {}}
+    show_text(results["text"], args)
+    for task in questions:
+        results["tasks"][task] = task_quality(task, questions[task], args, retro, model, tok)
+        show_task(task, results["tasks"][task]["rows"], args)
+    return results
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -705,9 +708,7 @@ def last_line(path: str, command: str) -> dict:
     """The results of a command whose output was saved: its last line is the JSON."""
     try:
         record = json.loads(read_text(path).rstrip().split("\n")[-1])
-        if record["command"] != command:
-            raise ValueError
-        return record["results"]
+        return {command: record["results"]}[record["command"]]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{path}: its last line is not the JSON of bench.py {command}") from None
 
@@ -732,10 +733,9 @@ def picture(args) -> dict:
     figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
     right.plot([int(w) for w in met], list(met.values()), color=COLORS[2], marker="o")
     for w, x in met.items():
-        right.annotate(f"{x:.2f}", (int(w), x), xytext=(0, -16), textcoords="offset points", ha="center")
-    right.set(
-        xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met], ylim=(0.9, None)
-    )
+        right.annotate(f"{x:.2f}", (int(w), x), xytext=(0, 8), textcoords="offset points", ha="center")
+    right.margins(y=0.15)
+    right.set(xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met])
     figure.savefig(args.out)
     print(f"{args.out} written")
     return {"file": args.out}
@@ -852,7 +852,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(f"bench.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"bench.py: error: {str(error).split(chr(10))[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1341,12 +1341,12 @@ def test_the_table_of_quality_is_what_it_says(monkeypatch):
     """Window 1 is Quest, in every number; KL and nats are those of the logits, over the decoded tokens alone."""
     monkeypatch.setattr(bench, "REFRESH", 8)
     model, args, tok = random_model(), quality_arguments(), SimpleNamespace(bos=0)
-    table = bench.text_quality(args, BENCH, model, tok)
+    idx = bench.passages(args, model, tok)
+    assert idx.shape == (3, 81) and torch.equal(idx, bench.passages(args, model, tok))
+    table = bench.text_quality(idx, args, BENCH, model)
     rows = table["rows"]
     assert rows["Retro W=1"] == rows["Quest"] and rows["Quest"]["kl_to_quest"] == [0, 0] and rows["full"]["kl"] == 0
     assert len({row["kl"] for row in rows.values()}) == len(rows) - 1, "two methods are one"
-    idx = bench.passages(args, model, tok)
-    assert idx.shape == (3, 81) and torch.equal(idx, bench.passages(args, model, tok))
     dense = model(idx).log_softmax(-1)[:, 50:80]
     kl = {}
     for name, W in (("Quest", 1), ("Retro W=4", 4)):
@@ -1364,7 +1364,7 @@ def test_the_table_of_quality_is_what_it_says(monkeypatch):
 def test_a_full_budget_is_full_attention_in_the_table(monkeypatch):
     """With all tokens allowed every method is full attention, except that reading has its price."""
     monkeypatch.setattr(bench, "REFRESH", 8)
-    rows = bench.text_quality(quality_arguments(), replace(BENCH, budget=1.0), random_model(), SimpleNamespace(bos=0))["rows"]
+    rows = bench.text_quality(random_tokens(3, 81), quality_arguments(), replace(BENCH, budget=1.0), random_model())["rows"]
     for name, row in rows.items():
         assert abs(row["kl"]) < 1e-5 and abs(row["gap"]) < 1e-5 and max(row["attention_error"]) < 1e-5, name
     assert rows["full"]["kv_share"] == rows["TOVA"]["kv_share"] == 1 < rows["Quest"]["kv_share"] < rows["ReSA"]["kv_share"]
@@ -1465,9 +1465,15 @@ def test_task_questions_fill_the_prompt_up(task):
     """All of one length, begin_of_text first, the question last; the same seed asks the same."""
     tok, model = Tokenizer.from_checkpoint(TINY), random_model()
     args = SimpleNamespace(seed=3, questions=4, entries=5, prefix=300)
-    idx, answers = bench.task_questions(task, args, model, tok)
+    model.config.max_seq_len = 400
+    idx, answers, steps = bench.task_questions(task, args, model, tok)
     question, answer = bench.TASKS[task](random.Random(3), 5)
-    assert idx.shape == (4, 300) and (idx[:, 0] == tok.bos).all() and len(set(answers)) == 4
+    assert (
+        idx.shape == (4, 300)
+        and steps == max(len(tok.encode(answer)) for answer in answers)
+        and (idx[:, 0] == tok.bos).all()
+        and len(set(answers)) == 4
+    )
     assert tok.decode(idx[0].tolist()).endswith(question) and answers[0] == answer
     assert torch.equal(idx, bench.task_questions(task, args, model, tok)[0])
     with pytest.raises(ValueError, match=f"for 90 entries of {task}, not 300"):
@@ -1523,6 +1529,8 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
     assert results["effective_budget"]["1"] == 1 < results["effective_budget"]["2"] < 2
     assert all(0 < a + b <= 1 for a, b in results["overlap"].values()) and len(results["overlap"]) == 3
     files = ["--quality", str(tmp_path / "quality"), "--exposure", str(tmp_path / "exposure")]
+    assert bench.main(["picture", "--quality", files[3], "--exposure", files[1]]) == 2
+    assert "is not the JSON of bench.py quality" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert bench.main(["picture", *files, "--out", str(tmp_path / "x.png")]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
@@ -1538,7 +1546,7 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
         ("quality --text nowhere", "nowhere: No such file"),
         (f"quality --text {TINY}/consolidated.00.pth", "not UTF-8 at byte"),
         ("quality --text LICENSE", r"LICENSE has \d+ tokens: 24 passages of 2432 need 58368"),
-        ("quality --prefix 4000", "prefix \\+ length must be at most 4095, not 4384"),
+        ("quality --prefix 4000 --questions 0", "prefix \\+ length must be at most 4095, not 4384"),
         ("quality --budget 0", r"budget must be in \(0, 1\], not 0"),
         ("quality --windows 2 0", "window must be an integer >= 1, not 0"),
         ("quality --passages 1", "passages must be >= 2, not 1"),
@@ -1553,6 +1561,8 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
         ("longgen --questions LICENSE --out x", "LICENSE: line 1 is not a question"),
         ("longgen --questions LICENSE --out README.md", "README.md: exists, and is not"),
         ("longgen --questions LICENSE --out x --n 3 0", "n must be >= 1, not 0"),
+        ("quality --prefix 300", "prefix must be at least .* for 32 entries of ledger, not 300"),
+        ("quality --prefix 4000 --length 1", "prefix must be at most 3.* in ledger, not 4000"),
         ("picture --quality LICENSE --exposure LICENSE", "LICENSE: its last line is not the JSON of bench.py quality"),
         ("nonsense", "invalid choice: 'nonsense'"),
         ("quality --budget much", "--budget: invalid float"),
