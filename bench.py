@@ -313,7 +313,7 @@ def fidelity(steps, full: list, targets: torch.Tensor) -> dict[str, torch.Tensor
         kl.append((logp_full.exp() * (logp_full - logp)).sum(dim=-1))  # (B,)
         gap.append((logp_full - logp).gather(1, target[:, None])[:, 0])  # (B,)
         error.append((out - out_full).norm(dim=-1) / out_full.norm(dim=-1))  # (n_layer, B)
-    return {"kl": torch.stack(kl, 1), "gap": torch.stack(gap, 1), "error": torch.stack(error).mean(dim=0).T}
+    return {"kl": torch.stack(kl, 1).cpu(), "gap": torch.stack(gap, 1).cpu(), "error": torch.stack(error).mean(dim=0).T.cpu()}
 
 
 def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch.Tensor, list[str], int]:
@@ -455,14 +455,11 @@ def show_task(task: str, rows: dict, args):
     table(title, ["method", "KV read", "right", "to Quest (points)", *quarters], figures)
 
 
-# (default, with --quick) of what decides how long it takes
-SIZES = {"passages": (24, 8), "prefix": (2048, 1024), "length": (384, 128), "questions": (24, 8), "entries": (32, 16)}
+# A minute or two on two CPU cores, in place of the defaults; what is given on the command line goes before.
+QUICK = {"passages": 8, "prefix": 1024, "length": 128, "questions": 8, "entries": 16}
 
 
 def quality(args) -> dict:
-    for name, (usual, quick) in SIZES.items():
-        if getattr(args, name) is None:
-            setattr(args, name, quick if args.quick else usual)
     at_least(args, passages=2, prefix=1, length=1, questions=0, entries=1, buckets=1)
     if args.questions == 1 or args.entries > len(NAMES):
         raise ValueError(f"questions must not be 1 and entries at most {len(NAMES)}, not {args.questions} and {args.entries}")
@@ -776,8 +773,7 @@ def add_method_options(add, min_tokens: int, dense_layers: int, dtype: str):
     add("--dense_layers", type=int, default=dense_layers, help="first layers that attend to everything")
 
 
-def add_text_options(add, passages: int | None, prefix: int | None, length: int | None):
-    """None: decided by SIZES."""
+def add_text_options(add, passages: int, prefix: int, length: int):
     add("--text", default=None, help="file to cut passages from; without it they are sampled from the checkpoint")
     add("--seed", type=int, default=0, help="of the sampled texts and of the tasks' questions")
     add("--passages", type=int, default=passages, help="passages, as one batch")
@@ -799,11 +795,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # the rounding of bfloat16 is as large as what is measured.
     small = {"min_tokens": 32, "dense_layers": 0, "dtype": "float32"}
     add_method_options(add, **small)
-    add_text_options(add, passages=None, prefix=None, length=None)
-    add("--questions", type=int, default=None, help="questions of each task; 0 leaves the tasks out")
-    add("--entries", type=int, default=None, help="lines to remember, a question")
+    add_text_options(add, passages=24, prefix=2048, length=384)
+    add("--questions", type=int, default=24, help="questions of each task; 0 leaves the tasks out")
+    add("--entries", type=int, default=32, help="lines to remember, a question")
     add("--buckets", type=int, default=8, help="parts of the decoded text to report on")
-    add("--quick", action="store_true", help=", ".join(f"{name} {quick}" for name, (_, quick) in SIZES.items()))
+    add("--quick", action="store_true", help=", ".join(f"--{name} {value}" for name, value in QUICK.items()))
     add = command(exposure, "which pages neighbouring queries want, and how many a query meets")
     add_method_options(add, **small)
     add_text_options(add, passages=8, prefix=2048, length=256)
@@ -821,7 +817,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quality", required=True, help="saved output of bench.py quality")
     add("--exposure", required=True, help="saved output of bench.py exposure")
     add("--out", default="quality.png", help="file to write")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "quality" and args.quick:
+        commands.choices["quality"].set_defaults(**QUICK)
+        args = parser.parse_args(argv)
+    return args
 
 
 PACKAGES = ("torch", "triton", "numpy", "matplotlib")

@@ -1540,6 +1540,13 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
         assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_quick_changes_what_is_not_given():
+    """--quick stands for smaller sizes, each of which can still be given, also as what is usual."""
+    usual, quick, both = (bench.parse_args(["quality", *x.split()]) for x in ("", "--quick", "--quick --passages 24"))
+    assert (usual.passages, quick.passages, both.passages) == (24, 8, 24)
+    assert usual.length > quick.length == both.length and bench.parse_args(["quality"]).passages == 24
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
