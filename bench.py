@@ -33,19 +33,7 @@ import numpy as np
 import torch
 
 from model import Decoder, Llama, Tokenizer
-from retro_attention import (
-    LayerCache,
-    RetroConfig,
-    accumulator,
-    apply_rope,
-    attend,
-    combine,
-    merge,
-    score,
-    select,
-    store,
-    write,
-)
+from retro_attention import LayerCache, RetroConfig, accumulator, apply_rope, attend, combine, score, select, store, write
 from sample import DTYPES, choose_device, load
 from tiny.train import NAMES, TASKS
 
@@ -59,8 +47,9 @@ def progress(text: str):
 # ----------------------------------------------------------------------------------------------------------------------
 # The neighbours: five other ways to decode, each small enough to be read beside its paper
 #
-# All get Quest's budget at every step: as many tokens as Quest's pages would hold. Prefill is dense for all of them, and the
-# first `dense_layers` stay dense. What they read beyond the budget (page bounds, dense passes) is in `pages_read`.
+# All get Quest's budget at every step: as many tokens as Quest's pages hold when the last one is full. (One that evicts fills
+# up a budget that grows with the text by new tokens only.) Prefill is dense for all, and so are the first `dense_layers`.
+# What is read beyond the budget, page bounds and dense passes, is counted in `pages_read`.
 
 SINKS = 4  # StreamingLLM's first tokens, which take the attention that has nowhere to go
 REFRESH = 32  # steps between two dense passes of RefreshKV and of ReSA
@@ -361,21 +350,28 @@ def against(x: torch.Tensor, quest: torch.Tensor) -> list[float]:
     return [difference.mean().item(), difference.std().item() / math.sqrt(len(difference))]
 
 
+def each_method(what: str, args, retro: RetroConfig, model: Llama, B: int, T: int):
+    """Yields each method's name, a fresh decoder, and the share of KV bytes that it reads at the positions prefix .. T-2."""
+    for name, config in methods(retro, args.windows, neighbours=True).items():
+        progress(f"{what}: {name}")
+        share = kv_share(name, config, model.config.n_layer, range(args.prefix, T - 1))
+        yield name, new_decoder(name, config, model, B, T), share
+
+
 def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> dict:
     """Teacher-forced: every method reads the same text, and is compared with full attention token by token.
 
     Full attention's distributions are kept for that: passages * length * vocabulary numbers.
     """
     B, T = idx.shape
-    full, seen, configs = [], {}, methods(retro, args.windows, neighbours=True)
-    for name, config in configs.items():
-        progress(f"text: {name}")
-        steps = forced(new_decoder(name, config, model, B, T), idx, args.prefix)
+    full, seen, shares = [], {}, {}
+    for name, decoder, shares[name] in each_method("text", args, retro, model, B, T):
+        steps = forced(decoder, idx, args.prefix)
         full = full or list(steps)
-        seen[name] = fidelity(full if config is None else steps, full, idx[:, args.prefix + 1 :])
+        seen[name] = fidelity(full if name == "full" else steps, full, idx[:, args.prefix + 1 :])
     rows = {
         name: {
-            "kv_share": kv_share(name, configs[name], model.config.n_layer, range(args.prefix, T - 1)),
+            "kv_share": shares[name],
             "kl": x["kl"].mean().item(),
             "kl_to_quest": against(x["kl"], seen["Quest"]["kl"]),
             "gap": x["gap"].mean().item(),
@@ -393,21 +389,18 @@ def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> d
 def task_quality(task: str, questions: tuple, args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict:
     """Free-running: every method answers the same questions by itself."""
     idx, answers, steps = questions
-    T = args.prefix + steps
-    seen, configs = {}, methods(retro, args.windows, neighbours=True)
-    for name, config in configs.items():
-        progress(f"{task}: {name}")
-        seen[name] = lines_right(new_decoder(name, config, model, len(idx), T), idx, answers, tok, steps)
-    rows = {
+    seen, shares = {}, {}
+    for name, decoder, shares[name] in each_method(task, args, retro, model, len(idx), args.prefix + steps):
+        seen[name] = lines_right(decoder, idx, answers, tok, steps)
+    return {
         name: {
-            "kv_share": kv_share(name, configs[name], model.config.n_layer, range(args.prefix, T - 1)),
+            "kv_share": shares[name],
             "right": x.mean().item(),
             "right_to_quest": against(x, seen["Quest"]),
             "right_by_quarter": parts(x, 4),
         }
         for name, x in seen.items()
     }
-    return {"rows": rows}
 
 
 def table(title: str, head: list[str], rows: list[list[str]]):
@@ -469,7 +462,7 @@ def quality(args) -> dict:
     show_text(results["text"], args)
     for task in questions:
         results["tasks"][task] = task_quality(task, questions[task], args, retro, model, tok)
-        show_task(task, results["tasks"][task]["rows"], args)
+        show_task(task, results["tasks"][task], args)
     return results
 
 
@@ -490,7 +483,7 @@ class PageRanks(Neighbour):
         scores[..., -1] = torch.inf  # the newest page is always loaded
         order = scores.argsort(dim=-1, descending=True, stable=True)
         self.ranks.append(order.argsort(dim=-1))  # (B, n_kv_head, pages held): 0 is the page taken first
-        return merge(*attend(q, self.cache, None, None, t))[0].to(q.dtype)
+        return combine(*attend(q, self.cache, None, None, t), self.cache, t)
 
 
 def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> list[float]:
