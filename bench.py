@@ -112,7 +112,7 @@ class StreamingLLM(TokenPolicy):
 
 
 class TOVA(TokenPolicy):
-    """Evicts the token with the least attention of the newest query, meant over all heads of the layer (Oren et al., 2024)."""
+    """Evicts the token with the least attention of the newest query, averaged over the layer's heads (Oren et al., 2024)."""
 
     def prefill(self, q, k, v):
         super().prefill(q, k, v)
@@ -158,7 +158,10 @@ class RefreshKV(TokenPolicy):
 
 
 class SelectionReuse(Neighbour):
-    """Quest that chooses pages at every second step only; the step in between reads the pages of the one before."""
+    """Quest that chooses pages at every second step only; the step in between reads the pages of the one before.
+
+    It is the scores that stay: where a page has begun since then, the page with the lowest of them makes room.
+    """
 
     def decode(self, q, k, v, cos, sin, t):
         q = write(q, k, v, cos, sin, self.cache, t)
