@@ -451,8 +451,8 @@ def show_task(task: str, rows: dict, args):
     table(title, ["method", "KV read", "right", "to Quest (points)", *quarters], figures)
 
 
-# A minute or two on two CPU cores, in place of the defaults; what is given on the command line goes before.
-QUICK = {"passages": 8, "prefix": 1024, "length": 128, "questions": 8, "entries": 16}
+# A few minutes on two CPU cores, in place of the defaults; what is given on the command line goes before.
+QUICK = {"passages": 8, "prefix": 1024, "length": 96, "questions": 8, "entries": 12}
 
 
 def quality(args) -> dict:
