@@ -787,8 +787,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return sub.add_argument
 
     add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
-    # For the small checkpoint, where the paper's floor and dense layers would hide nearly everything; and float32, because
-    # the rounding of bfloat16 is as large as what is measured.
+    # The paper's floor and dense layers would hide all in a small model; bfloat16 rounds by as much as is measured.
     small = {"min_tokens": 32, "dense_layers": 0, "dtype": "float32"}
     add_method_options(add, **small)
     add_text_options(add, passages=24, prefix=2048, length=384)
