@@ -281,6 +281,7 @@ def forced(decoder: Decoder, idx: torch.Tensor, prefix: int):
     """Feeds tokens prefix .. T-2 of idx (B, T) one by one. Yields, for each, the log-probabilities of the next (B, vocab) and
     the attention outputs of the newest row (n_layer, B, dim). The prompt's own are left out: all methods' prefill is dense."""
     outputs = []
+    decoder.captures = False  # the replay of a CUDA graph calls no hooks
     hooks = [
         layer.attention.register_forward_hook(lambda module, args, x: outputs.append(x[:, -1].float()))
         for layer in decoder.model.layers

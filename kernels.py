@@ -36,10 +36,13 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 i
 
 def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     """Rotates q and k, puts the window's rows of k and v into the cache, refreshes the touched bounds; returns rotated q."""
-    assert all(x.is_contiguous() for x in (q, k, v, cos, sin, cache.k, cache.v)), "rows, angles and cache must be contiguous"
     B, W, n_head, hs = q.shape
+    assert all(x.is_contiguous() for x in (cos, sin, cache.k, cache.v)), "angles and cache must be contiguous"
+    # Rows may stand apart, as they do where q, k and v are slices of one product.
+    spaced = (x.stride()[2:] == (hs, 1) and (B == 1 or x.stride(0) == W * x.stride(1)) for x in (q, k, v))
+    assert all(spaced), "rows must be evenly spaced"
     n_kv_head, P, ps = cache.k.shape[1:4]
-    q_rotated = torch.empty_like(q)
+    q_rotated = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     bounded = cache.k_min is not None
     write_kernel[(B, n_head + n_kv_head)](
         q,
@@ -53,6 +56,9 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
         cache.k_min,
         cache.k_max,
         t,
+        q.stride(1),
+        k.stride(1),
+        v.stride(1),
         P,
         n_head,
         n_kv_head,
@@ -86,6 +92,9 @@ def write_kernel(
     k_min,
     k_max,
     t_ptr,
+    q_row,
+    k_row,
+    v_row,
     P,
     n_head,
     n_kv_head,
@@ -111,18 +120,19 @@ def write_kernel(
     sin_rows = tl.load(sin + angles, mask=real[:, None], other=0.0).to(tl.float32)  # (ROWS, HS / 2)
 
     if head < n_head:
-        rows = ((b * W + w[:, None]) * n_head + head) * HS + i[None, :]  # (ROWS, HS)
-        x = tl.load(q + rows, mask=(w < W)[:, None], other=0.0)
+        row = (b * W + w)[:, None]  # (ROWS, 1)
+        x = tl.load(q + row * q_row + head * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
+        rows = (row * n_head + head) * HS + i[None, :]  # (ROWS, HS)
         tl.store(q_rotated + rows, rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype), mask=(w < W)[:, None])
     else:
         h = head - n_head
-        rows = ((b * W + w[:, None]) * n_kv_head + h) * HS + i[None, :]  # (ROWS, HS)
-        x = tl.load(k + rows, mask=real[:, None], other=0.0)
+        row, rest = (b * W + w)[:, None], h * HS + i[None, :]
+        x = tl.load(k + row * k_row + rest, mask=real[:, None], other=0.0)
         x = rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype)  # (ROWS, HS)
         first_page = (b * n_kv_head + h).to(tl.int64) * P  # of this head
         slots = first_page * PS * HS + position[:, None] * HS + i[None, :]  # (ROWS, HS)
         tl.store(cache_k + slots, x, mask=real[:, None])
-        tl.store(cache_v + slots, tl.load(v + rows, mask=real[:, None], other=0.0), mask=real[:, None])
+        tl.store(cache_v + slots, tl.load(v + row * v_row + rest, mask=real[:, None], other=0.0), mask=real[:, None])
 
         # Bounds: the window's keys are at hand, only the page's earlier ones are read (no barrier after the store above).
         offset = tl.arange(0, PS)
@@ -264,41 +274,57 @@ def select_kernel(
     stamps, writes heads * k * 12, with k = pages_selected(t).
     """
     bh = tl.program_id(0).to(tl.int64)
-    t = tl.load(t_ptr)
-    held = t // PS + 1
-    count = pages_selected(t, SHARE, WHOLE, FLOOR, W, PS)
+    position = tl.load(t_ptr)
+    count = pages_selected(position, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
+    t = position.to(tl.int32)  # all that follows fits 32 bits, in which a GPU computes fastest
+    held, first = t // PS + 1, tl.maximum(t - W + 1, 0) // PS  # the window's own pages, `first` and on, are always chosen ...
+    rest = count - (held - first)  # ... and so many of those before
     page = tl.arange(0, N)  # (N,)
-    x = tl.load(scores + bh * P + page, mask=page < held, other=0.0)  # (N,)
+    x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
+    stamp = tl.load(last_loaded + bh * P + page, mask=page < held, other=0)  # (N,) all, while the scores are on their way
     # Integers in the order of the scores: a positive float's bits rise with it, a negative one's fall. -0.0 counts as 0.0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
-    key = tl.where(page >= tl.maximum(t - W + 1, 0) // PS, 0xFFFFFFFF, key).to(tl.uint32)  # the window's pages come first
-    key = tl.where(page < held, key, 0).to(tl.uint32)  # and those not held never
+    key = tl.where(page < first, key, 0).to(tl.uint32)
 
-    # The largest threshold that at least `count` keys reach is the count-th largest key: found from its highest bit down.
-    threshold = tl.full([], 0, dtype=tl.uint32)
-    bit = tl.full([], 0x80000000, dtype=tl.uint32)
-    for _ in range(32):
-        reached = tl.sum((key >= (threshold | bit)).to(tl.int32), axis=0)
-        threshold = tl.where(reached >= count, threshold | bit, threshold)
-        bit = bit >> 1
-    above = key > threshold
-    tied = (key == threshold) & (page < held)
-    room = count - tl.sum(above.to(tl.int32), axis=0)
-    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))  # of equal keys, the lower pages
-    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1  # (N,) ascending pages
+    # The threshold: at least `rest` keys reach `low`, fewer than that reach `high`. Three values between them are tried at
+    # once, their counts side by side in 21 bits each. Done when exactly `rest` keys reach `low`, or only equal ones are left.
+    low = tl.min(tl.where(page < first, key, 0xFFFFFFFF).to(tl.uint32), axis=0)
+    high = tl.max(key, axis=0) + 1
+    reached = first
+    while (reached != rest) & (high > low + 1):
+        step = tl.maximum((high - low) >> 2, 1)
+        a, b, c = low + step, low + 2 * step, low + 3 * step
+        counts = (key >= a).to(tl.int64) + ((key >= b).to(tl.int64) << 21) + ((key >= c).to(tl.int64) << 42)
+        counts = tl.sum(counts, axis=0)
+        at_a, at_b = (counts & 0x1FFFFF).to(tl.int32), ((counts >> 21) & 0x1FFFFF).to(tl.int32)
+        at_c = (counts >> 42).to(tl.int32)
+        high = tl.where(at_c >= rest, high, tl.where(at_b >= rest, c, tl.where(at_a >= rest, b, a)))
+        low = tl.where(at_c >= rest, c, tl.where(at_b >= rest, b, tl.where(at_a >= rest, a, low)))
+        reached = tl.where(at_c >= rest, at_c, tl.where(at_b >= rest, at_b, tl.where(at_a >= rest, at_a, reached)))
+    chosen = key >= low
+    if reached > rest:  # of equal keys, the lower pages
+        tied = key == low
+        room = rest - tl.sum((key > low).to(tl.int32), axis=0)
+        chosen = (key > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
+    chosen = (chosen & (page < first)) | ((page >= first) & (page < held))
+    # Ascending pages: each behind those chosen in its row of LANES pages, and those behind the rows before. One cumsum over
+    # all N would hand partial sums from thread to thread through the whole program.
+    LANES: tl.constexpr = 32 if N >= 32 else N
+    rows = chosen.to(tl.int32).reshape(N // LANES, LANES)
+    in_row = tl.sum(rows, axis=1)  # (N / LANES,)
+    before = tl.cumsum(in_row, axis=0) - in_row  # (N / LANES,)
+    slot = (tl.cumsum(rows, axis=1) - 1 + before[:, None]).reshape(N)
 
-    stamp = tl.load(last_loaded + bh * P + page, mask=chosen, other=0)  # (N,)
     tl.store(pages + bh * S + slot, page, mask=chosen)
     tl.store(stamps + bh * S + slot, stamp, mask=chosen)
-    tl.store(last_loaded + bh * P + page, t.to(tl.int32), mask=chosen)
+    tl.store(last_loaded + bh * P + page, t, mask=chosen)
 
-    first_sights = tl.zeros([N], dtype=tl.int32)
-    for back in tl.static_range(1, W):
-        past = t - back  # a past row's position
-        first_sights += (chosen & (page * PS <= past) & (stamp < past)).to(tl.int32)
+    # The past rows that see a page for the first time: those that are neither older than the page nor its last load.
+    oldest = tl.maximum(tl.maximum(stamp + 1, page * PS), t - W + 1)  # (N,)
+    first_sights = tl.sum(tl.where(chosen, tl.maximum(t - oldest, 0), 0), axis=0)
     tl.store(exposure + bh * 2, tl.load(exposure + bh * 2) + count)
-    tl.store(exposure + bh * 2 + 1, tl.load(exposure + bh * 2 + 1) + tl.sum(first_sights, axis=0))
+    tl.store(exposure + bh * 2 + 1, tl.load(exposure + bh * 2 + 1) + first_sights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,12 +335,13 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
     """Attention of all rows over the selected pages, each row over what it may see and has not seen; without `pages` over all
     that are held. One part a split: o (splits, B, W, n_head, hs), lse (splits, B, W, n_head) float32."""
     B, W, n_head, hs = q.shape
+    assert W == cache.config.window, f"q has {W} rows, the window {cache.config.window}"
     n_kv_head, P, ps = cache.k.shape[1:4]
     S = P if pages is None else pages.shape[2]
     # A tile of keys is what a program has in flight; in float32 a larger one does not fit the registers.
-    KEYS = 64 if q.element_size() == 2 else 32
-    # Enough programs to fill the GPU a few times over, but none with less than a tile of keys to read.
-    programs = 512 if q.is_cuda else 3
+    KEYS = 128 if q.element_size() == 2 else 32
+    # About two programs a multiprocessor, but none with less than a tile of keys to read.
+    programs = 256 if q.is_cuda else 3
     splits = max(1, min(programs // (B * n_kv_head), triton.cdiv(S * ps, KEYS), 64))
     o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
     lse = torch.empty(splits, B, W, n_head, device=q.device, dtype=torch.float32)
@@ -338,7 +365,7 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
         ROWS=max(16, triton.next_power_of_2(W * G)),  # tl.dot wants 16 rows at least
         HS=hs,
         KEYS=KEYS,
-        num_stages=3,
+        num_stages=2,
     )
     return o, lse
 

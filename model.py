@@ -26,6 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import retro_attention
 from retro_attention import RetroAttention, RetroConfig, apply_rope
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -483,7 +484,9 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        """(B, T, dim) -> (B, T, dim). A long prompt goes through in pieces, or its inner values would take most memory."""
+        parts = [self.w2(F.silu(self.w1(part)) * self.w3(part)) for part in x.split(8192, dim=1)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 class Block(nn.Module):
@@ -648,7 +651,14 @@ class Decoder:
             for i in range(config.n_layer)
         ]
         self.tokens = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=weight.device)  # (B, max_seq_len)
-        self.t = torch.zeros((), dtype=torch.long, device=weight.device)  # position of the newest token
+        self.t = torch.zeros((), dtype=torch.long, device=weight.device)  # position of the newest token ...
+        self.position = 0  # ... and the same number on the host
+        # On a GPU a step is hundreds of small kernels. As a CUDA graph they are launched at once; its input is `token`, its
+        # output `logits`. The reference reads the position while it runs, so it cannot be captured.
+        self.captures = weight.is_cuda and all(layer.ops is not retro_attention for layer in self.layers)
+        self.graph = None
+        self.token = torch.zeros(batch_size, dtype=torch.long, device=weight.device)  # (B,) the newest token
+        self.logits = None  # (B, vocab)
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
@@ -658,20 +668,35 @@ class Decoder:
             raise ValueError(f"the prompt has {T} tokens: must be between 1 and the context of {self.max_seq_len}")
         self.tokens[:, :T] = idx
         self.t.fill_(T - 1)
+        self.position = T - 1
         x = self.model.hidden(idx, *self.model.rope, self.layers)  # (B, T, dim)
         return self.model.logits(x[:, -1])
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        """(B,) the token behind the newest -> (B, vocab). IndexError past the end of the cache.
+        """(B,) the token behind the newest -> (B, vocab). IndexError past the end of the cache."""
+        if self.position + 1 >= self.max_seq_len:
+            raise IndexError(f"position {self.position + 1} is behind the end of the cache of {self.max_seq_len} tokens")
+        self.position += 1
+        self.token.copy_(token)
+        watched = any(layer.hook is not None for layer in self.layers)  # a hook runs on the host
+        if not self.captures or watched or self.logits is None:  # the first step compiles the kernels, a capture could not
+            self.logits = self._step()
+            return self.logits
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._step()
+        self.graph.replay()
+        return self.logits.clone()  # the next replay overwrites them
 
-        Through Triton nothing in here waits for the device; the reference reads the position again and again.
-        """
+    def _step(self) -> torch.Tensor:
+        """Through Triton nothing in here waits for the device, and no shape depends on the position."""
         W = self.retro.window
         self.t += 1
-        self.tokens.index_copy_(1, self.t.view(1), token[:, None])
+        self.tokens.index_copy_(1, self.t.view(1), self.token[:, None])
         # The past rows start from their token ids again. Before the text starts there are none: any id will do.
-        rows = (self.t - W + 1 + torch.arange(W, device=token.device)).clamp(min=0)  # (W,)
+        rows = (self.t - W + 1 + torch.arange(W, device=self.t.device)).clamp(min=0)  # (W,)
         x = self.model.hidden(self.tokens[:, rows], *self.model.rope, self.layers, self.t)  # (B, W, dim)
         return self.model.logits(x[:, -1])
 

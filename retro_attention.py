@@ -24,6 +24,7 @@ output is zero.
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property
@@ -277,6 +278,41 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What a step changed, for whoever wants to look
+
+
+@dataclass
+class PastRows:
+    """A copy of what a layer holds of the window's past rows, oldest first: R = W-1 of them, fewer where the text starts."""
+
+    k: torch.Tensor  # (B, n_kv_head, R, hs) rotated
+    v: torch.Tensor  # (B, n_kv_head, R, hs)
+    out: torch.Tensor  # (B, R, n_head, hs) the output cache's
+    lse: torch.Tensor  # (B, R, n_head)
+
+
+@dataclass
+class Step:
+    """What one decode step did in one sparse layer. `RetroAttention.hook` is called with it; `sample.py --trace` draws it."""
+
+    t: int  # position of the newest row; those of the past rows are t-R .. t-1
+    pages: torch.Tensor  # (B, n_kv_head, S) int32: the pages loaded, ascending
+    stamps: torch.Tensor  # (B, n_kv_head, S) int32: the step at which each was loaded before
+    before: PastRows  # as the step before left them
+    after: PastRows  # K and V overwritten, supplementary outputs merged in
+
+
+def past_rows(cache: LayerCache, t: torch.Tensor) -> PastRows:
+    """Of a sparse layer. Indexing with a tensor copies: what the layer does next does not change them."""
+    rows = row_positions(t, cache.config.window)[:-1]  # (W-1,)
+    rows = rows[rows >= 0]  # (R,)
+    slots = rows % cache.config.window
+    return PastRows(
+        cache.k.flatten(2, 3)[:, :, rows], cache.v.flatten(2, 3)[:, :, rows], cache.out[:, slots], cache.lse[:, slots]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The module that the model calls
 
 
@@ -326,6 +362,9 @@ class RetroAttention:
         rows = config.window * n_head // n_kv_head
         self.ops = implementation(config.impl, torch.device(device), dtype, head_size, rows)
         self.cache = new_cache(config, dense, batch_size, n_head, n_kv_head, head_size, max_seq_len, device, dtype)
+        # Called behind each decode step of a sparse layer, for whoever wants to look. It reads the position on the host: a step
+        # with a hook cannot be part of a CUDA graph.
+        self.hook: Callable[[Step], None] | None = None
 
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Starts a text: stores the prompt's rotated keys and values. The prompt itself attends densely, outside of here.
@@ -350,8 +389,14 @@ class RetroAttention:
         position t; cos and sin (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs)."""
         cache, ops = self.cache, self.ops
         pages = stamps = None
+        watched = self.hook is not None and not self.dense
+        before = past_rows(cache, t) if watched else None
         q = ops.write(q, k, v, cos, sin, cache, t)
         if not self.dense:
             pages, stamps = ops.select(ops.score(q, cache, t), cache, t)
         o, lse = ops.attend(q, cache, pages, stamps, t)
-        return ops.combine(o, lse, cache, t)
+        o = ops.combine(o, lse, cache, t)
+        if watched:
+            S = cache.config.pages_selected(int(t))  # the kernels' `pages` has room for more
+            self.hook(Step(int(t), pages[..., :S], stamps[..., :S], before, past_rows(cache, t)))
+        return o

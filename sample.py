@@ -1,21 +1,24 @@
 """Generates text with RetroAttention: python sample.py --prompt "It was a dark night"
 
-The text goes to stdout as it is made, a short report to stderr. Exit code 0 on success, 2 with one line on a mistake in the
-arguments or the checkpoint, 130 after Ctrl-C, which keeps the text made so far, 1 if the reader of stdout has gone.
+The text goes to stdout as it is made, a short report to stderr; with --trace also pictures of single steps. Exit code 0 on
+success, 2 with one line on a mistake in the arguments or the checkpoint, 130 after Ctrl-C, which keeps the text made so far,
+1 if the reader of stdout has gone.
 """
 
 import argparse
 import codecs
 import os
+import re
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from model import Decoder, Llama, LlamaConfig, Tokenizer, read_checkpoint
-from retro_attention import RetroConfig
+from retro_attention import RetroConfig, Step
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,6 +49,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--page_size", type=int, default=retro.page_size, help="tokens a page, a power of two")
     add("--dense_layers", type=int, default=retro.dense_layers, help="first layers that attend to everything")
     add("--impl", choices=["auto", "torch", "triton"], default=retro.impl, help="auto is triton on a GPU, torch elsewhere")
+    add(
+        "--trace",
+        nargs="?",
+        const="",
+        metavar="LAYER[:HEAD]",
+        help="draw what a step loads and revises in one layer and KV head, both from 0, about ten times in a run; alone: the "
+        "first sparse layer, head 0",
+    )
     add("--chat", action="store_true", help="the prompt is a user's message, the text the assistant's answer")
     return parser.parse_args(argv)
 
@@ -141,6 +152,143 @@ class Report:
         ]
 
 
+def trace_target(value: str, config: LlamaConfig, retro: RetroConfig) -> tuple[int, int]:
+    """LAYER[:HEAD] -> layer and KV head; empty is the first sparse layer. ValueError unless the model has it, and sparse."""
+    if retro.dense_layers == config.n_layer:
+        raise ValueError(f"trace: nothing to draw, all {config.n_layer} layers are dense (--attention full, --dense_layers)")
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", value or str(retro.dense_layers))
+    layer, head = (int(number or 0) for number in match.groups()) if match else (-1, -1)
+    if not (retro.dense_layers <= layer < config.n_layer and 0 <= head < config.n_kv_head):
+        raise ValueError(
+            f"trace must be LAYER or LAYER:HEAD, a sparse layer between {retro.dense_layers} and {config.n_layer - 1} "
+            f"and a KV head between 0 and {config.n_kv_head - 1}, not {value!r}"
+        )
+    return layer, head
+
+
+def mark_pages(step: Step, head: int, row: int, page_size: int) -> list[str]:
+    """A character for each page held: what this step's load of it means to the row at position `row` of the first text."""
+    marks = [" " if first > row else "." for first in range(0, step.t + 1, page_size)]
+    for page, stamp in zip(step.pages[0, head].tolist(), step.stamps[0, head].tolist(), strict=True):
+        if marks[page] == ".":
+            marks[page] = "#" if row == step.t else "+" if stamp < row else "-"
+    return marks
+
+
+def revisions(step: Step, page_size: int) -> torch.Tensor:
+    """What a step changed of the first text's past rows -> (5, n_kv_head, R): pages that a row meets for the first time, the
+    softmax mass that they add, and how far its output, key and value moved, as a share of their length."""
+    n_kv_head, R = step.before.k.shape[1:3]
+
+    def by_head(x):  # (R, n_head, ...) -> (n_kv_head, R, G * ...)
+        return x.unflatten(1, (n_kv_head, -1)).flatten(2).transpose(0, 1)
+
+    def moved(old, new):  # (n_kv_head, R, size) -> (n_kv_head, R)
+        old, new = old.cpu().double(), new.cpu().double()
+        return (new - old).norm(dim=-1) / old.norm(dim=-1)
+
+    pages, stamps, rows = step.pages[0, :, None].cpu(), step.stamps[0, :, None].cpu(), torch.arange(step.t - R, step.t)[:, None]
+    new = ((pages * page_size <= rows) & (stamps < rows)).sum(dim=-1)  # (n_kv_head, R)
+    # exp(lse_before) of exp(lse_after) was there before. A row only gains keys: below 0 there is but rounding.
+    before, after = (by_head(past.lse[0].cpu().double()) for past in (step.before, step.after))  # (n_kv_head, R, G)
+    mass = (1 - (before - after).exp()).clamp(min=0).mean(dim=-1)
+    output = moved(by_head(step.before.out[0]), by_head(step.after.out[0]))
+    key, value = moved(step.before.k[0], step.after.k[0]), moved(step.before.v[0], step.after.v[0])
+    return torch.stack((new.double(), mass, output, key, value))
+
+
+class Trace:
+    """Pictures of what single steps do in one layer and KV head of the first text, and at the end means over all sparse layers.
+
+    It is the hook of the sparse layers, and draws about ten times in a run: no flood. On stderr: stdout stays the text.
+    """
+
+    strip = 44  # characters: with the numbers beside it, a line has 100
+
+    def __init__(self, decoder: Decoder, tok: Tokenizer, prompt_len: int, steps: int, layer: int, head: int):
+        self.decoder, self.tok, self.prompt_len, self.layer, self.head = decoder, tok, prompt_len, layer, head
+        # Odd, and pages are powers of two: the traced tokens stand at all places in their pages, not always at the same.
+        self.every, self.last = steps // 10 | 1, len(decoder.layers) - 1
+        self.page_size, self.window = decoder.retro.page_size, decoder.retro.window
+        self.step, self.revised = None, {}  # of the token being traced: the Step of `layer`, and all sparse layers' revisions
+        self.means = []  # of each traced token: (layers, 6) pages loaded, then the means of the revisions
+        for i, module in enumerate(decoder.layers):
+            if not module.dense:
+                module.hook = partial(self.look, i)
+
+    def look(self, i: int, step: Step) -> None:
+        """The hook of layer i. Draws after the last layer: what a correction does to K and V shows in the layer above."""
+        if (step.t - self.prompt_len + 1) % self.every or self.decoder.tokens[0, step.t].item() in self.tok.stop_tokens:
+            return
+        self.revised[i] = revisions(step, self.page_size)
+        if i == self.layer:
+            self.step = step
+        if i == self.last:
+            print("\n".join(["", *self.picture()]), file=sys.stderr, flush=True)
+            means = [[step.pages.shape[2], *x.mean(dim=(1, 2)).tolist()] for x in self.revised.values()]
+            self.means.append(torch.tensor(means))
+
+    def picture(self) -> list[str]:
+        """A heading, the strip of the newest row, and for each past row its strip and its numbers."""
+        t, held, loaded = self.step.t, self.step.t // self.page_size + 1, self.step.pages.shape[2]
+        scale = -(-held // self.strip)  # pages a character
+        names, numbers = ["mass", "output"], self.revised[self.layer][:3, self.head]  # (3, R)
+        if self.layer < self.last:
+            above = self.layer + 1
+            names += [f"L{above} K", f"L{above} V"]
+            numbers = torch.cat((numbers, self.revised[above][3:].mean(dim=1)))  # (5, R)
+        columns = "  new" + "".join(f"{name:>8}" for name in names) if self.window > 1 else ""
+        pages = "1 page a character" if scale == 1 else f"{scale} pages a character"
+        lines = [
+            f"position {t}, layer {self.layer}, KV head {self.head}: {loaded} of {held} pages loaded, {pages}",
+            f"{'row':5} {'token':10} |{'context':{self.strip}}|{columns}",
+        ]
+        for back in range(numbers.shape[1] + 1):
+            marks = mark_pages(self.step, self.head, t - back, self.page_size)
+            strip = "".join(max(marks[i : i + scale], key=" .-+#".index) for i in range(0, held, scale))
+            token = repr(self.tok.decode([self.decoder.tokens[0, t - back].item()]))[:10]
+            values = ""
+            if back:
+                new, *shares = numbers[:, -back].tolist()
+                values = f"{new:5.0f}" + "".join(f"{x:8.2%}" for x in shares)
+            lines.append(f"{f't-{back}' if back else 't':5} {token:10} |{strip:{self.strip}}|{values}")
+        return lines
+
+    def legend(self) -> list[str]:
+        pace = "every token" if self.every == 1 else f"every {self.every} tokens"
+        lines = [
+            f"--trace: layer {self.layer}, KV head {self.head}, {pace}. The strips are the context in pages, oldest first.",
+            "  t, the newest token       # loaded                   . not loaded",
+        ]
+        if self.window == 1:
+            return [*lines, "  The window is 1: there are no past rows, nothing is revised."]
+        lines += [
+            "  t-1 ..., the past rows    + loaded, new to the row   - loaded, seen before   . not loaded",
+            "                            (of several pages in a character, the foremost of # + - . is shown)",
+            "  new      pages that the row meets for the first time; they were loaded for t in any case",
+            "  mass     their share of the row's softmax over all that it has seen by now",
+            "  output   how far its attention output moves by them: |after - before| / |before|",
+        ]
+        above = self.layer + 1
+        if self.layer == self.last:
+            return [*lines, "  This is the last layer: there is none above, whose keys and values would move."]
+        return [*lines, f"  L{above} K, V  the same of its key and value in layer {above}, overwritten; all heads play a part"]
+
+    def summary(self) -> list[str]:
+        if not self.means:
+            return ["", f"--trace: nothing drawn, the text ended before its token {self.every + 1}"]
+        if self.window == 1:
+            return []
+        lines = [
+            "",
+            f"--trace: means over {len(self.means)} tokens and all KV heads; K and V of a layer as those below it move them",
+            "layer" + "".join(f"{name:>14}" for name in ("pages loaded", "new", "mass", "output", "K", "V")),
+        ]
+        for i, (loaded, new, *shares) in zip(self.revised, torch.stack(self.means).mean(dim=0).tolist(), strict=True):
+            lines.append(f"{i:5}{loaded:14.1f}{new:14.2f}" + "".join(f"{x:14.2%}" for x in shares))
+        return lines
+
+
 def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, device: torch.device, dtype: torch.dtype) -> str:
     """A line on what the weights and the caches of B texts of `length` tokens take. ValueError if the device has less."""
     with torch.device("meta"):
@@ -214,6 +362,7 @@ def run(args: argparse.Namespace) -> int:
     config, tok = load(args)
     if args.attention == "full":
         retro = replace(retro, window=1, dense_layers=config.n_layer)
+    target = trace_target(args.trace, config, retro) if args.trace is not None else None
     ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
     # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
     length = min(len(ids) + max(1, args.max_new_tokens), config.max_seq_len)
@@ -227,6 +376,9 @@ def run(args: argparse.Namespace) -> int:
         sampling = (args.temperature, args.top_k, args.top_p, args.seed)
         stream = decoder.stream(idx, args.max_new_tokens, *sampling, stop_tokens=tok.stop_tokens)
         print(memory, file=sys.stderr)
+        trace = target and Trace(decoder, tok, len(ids), length - len(ids), *target)
+        if trace:
+            print("\n".join(trace.legend()), file=sys.stderr)
         code = show(stream, "" if args.chat else prompt, tok, args.num_samples, report)
     except RuntimeError as error:
         if "memory" not in str(error):
@@ -234,7 +386,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"not enough memory on {device} for num_samples {args.num_samples} of {length} tokens") from None
     if report.steps == config.max_seq_len - len(ids):
         print(f"The context of {config.max_seq_len} tokens is full.", file=sys.stderr)
-    print("\n".join(report.lines()), file=sys.stderr)
+    print("\n".join((trace.summary() if trace else []) + report.lines()), file=sys.stderr)
     return code
 
 

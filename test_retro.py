@@ -473,6 +473,14 @@ def test_a_second_prompt_starts_afresh():
     assert torch.equal(decoder.layers[-1].cache.exposure, other.layers[-1].cache.exposure)
 
 
+def test_a_step_behind_the_end_of_the_cache_is_refused():
+    """Guards against a write outside of the cache, which a GPU would not notice."""
+    decoder, _ = start(random_model(max_seq_len=64), SPARSE, random_tokens(1, 63), 63)
+    decoder.step(torch.tensor([1]))
+    with pytest.raises(IndexError, match="position 64 is behind the end of the cache of 64 tokens"):
+        decoder.step(torch.tensor([1]))
+
+
 def test_output_cache_is_independent_of_the_length():
     """Invariant 9. W rows of n_head * (hs + 1) float32 numbers a sequence, for a model in half precision too."""
     q, k, _ = (x.bfloat16() for x in random_qkv(B=3))
@@ -737,6 +745,21 @@ def test_same_greedy_tokens_through_triton_and_torch(window):
         model.generate(idx, n, retro=RetroConfig(impl=impl, **config), temperature=0).tolist() for impl in ("triton", "torch")
     )
     assert found == wanted
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU: CUDA graphs are not tested here")
+@pytest.mark.parametrize("retro", [None, replace(SPARSE, window=1), replace(SPARSE, window=8)], ids=["full", "quest", "retro"])
+def test_a_replayed_step_is_an_eager_step(retro):
+    """Guards against a graph with a position, a shape or a token in it that was right at capture only, in a second text too."""
+    model, tokens = Llama.from_checkpoint(TINY, device="cuda", dtype=torch.bfloat16), random_tokens(2, 300).cuda()
+    eager, graphed = (Decoder(model, 2, retro) for _ in range(2))
+    eager.captures = False
+    for text in (tokens, tokens.flip(1)):
+        for decoder in (eager, graphed):
+            decoder.prefill(text[:, :100])
+        for i in range(100, 300):
+            assert torch.equal(eager.step(text[:, i]), graphed.step(text[:, i])), f"position {i}"
+    assert graphed.graph is not None and eager.graph is None
 
 
 @needs_triton
@@ -1653,10 +1676,10 @@ def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
 def test_what_does_not_fit_is_said_before_loading(capsys, monkeypatch):
     """The line on memory counts what is allocated; a context that cannot fit is refused with the largest that would."""
     monkeypatch.setattr(Llama, "from_checkpoint", lambda *a, **k: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 4000, "SC_PAGE_SIZE": 4096}[name])  # 16 MB
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 20_000, "SC_PAGE_SIZE": 4096}[name])  # 82 MB
     code, out, error = command(capsys, "--max_new_tokens", "4000", "--num_samples", "9")
     config = sample.read_checkpoint(TINY)[0]
-    assert code == 2 and not out and "more than the 0.0 GB of cpu" in error
+    assert code == 2 and not out and "more than the 0.1 GB of cpu" in error
     fits = int(re.search(r"at most (\d+) tokens", error)[1])
     args = RetroConfig(page_size=8, dense_layers=0), 9
     sample.check_memory(config, *args, fits, torch.device("cpu"), torch.float32)
@@ -1734,3 +1757,144 @@ def test_a_long_text_in_one_go():
         logits = decoder.step(sample_token(logits, 1.0, None, None, generator))
     assert logits.isfinite().all() and size() == before and decoder.t == 3500
     assert all(x.isfinite().all() for layer in decoder.layers[1:] for x in (layer.cache.out, layer.cache.lse))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hook, and what --trace draws from it
+
+
+def test_the_revisions_of_a_step_against_brute_force():
+    """A row's new pages, their mass and how far the output moves: softmax over the keys of all pages loaded until the step
+    before, and until this one. Guards against slots mixed up, rows read too late or not copied, and heads in another order."""
+    q, k, v = random_qkv()
+    retro, loads, steps, gained = RetroConfig(page_size=8, budget=0.2, min_tokens=8, window=4), {}, [], 0
+    for t, _, layer in run_layer(retro, q, k, v, prompt_len=20):
+        loads[t] = layer.cache.last_loaded == t  # (B, n_kv_head, P)
+        layer.hook = steps.append
+        if t == 20:  # the first step went unseen
+            continue
+        revised = sample.revisions(steps[-1], 8)  # (5, n_kv_head, 3)
+        assert steps[-1].t == t and (revised[3:] == 0).all()  # this layer's K and V are held fixed
+        for h, row in itertools.product(range(2), range(t - 3, t)):
+            states = []
+            for until in (t - 1, t):
+                pages = set(range(3)) if row < 20 else set()
+                for step in range(max(row, 20), until + 1):
+                    pages |= set(loads[step][0, h].nonzero().flatten().tolist())
+                pages = {j for j in pages if j * 8 <= row}
+                keys = [j for j in range(row + 1) if j // 8 in pages]
+                outs = [softmax_over(q[0, row, head], k[0, :, h], v[0, :, h], keys) for head in range(3 * h, 3 * h + 3)]
+                states.append((len(pages), np.stack([o for o, _ in outs]), np.exp([lse for _, lse in outs])))
+            (n0, o0, sum0), (n1, o1, sum1) = states
+            wanted = n1 - n0, (1 - sum0 / sum1).mean(), np.linalg.norm(o1 - o0) / np.linalg.norm(o0)
+            close(revised[:3, h, row - t + 3], wanted, 1e-12)
+            gained += n1 - n0
+        for head in np.ndindex(2, 2):
+            assert steps[-1].pages[head].tolist() == loads[t][head].nonzero().flatten().tolist()
+    assert gained > 50, "no row has learnt anything: the test is empty"
+
+
+@pytest.mark.parametrize("prompt_len", [1, 21])
+def test_a_hook_sees_what_is_overwritten_and_changes_nothing(prompt_len):
+    """K and V of the past rows as the step found and left them; the same logits, bit for bit; a dense layer has no step."""
+    model, tokens, steps = random_model(), random_tokens(2, 40), {0: [], 1: [], 2: []}
+    wanted = decode(model, SPARSE, tokens, prompt_len)[0]
+    decoder, _ = start(model, SPARSE, tokens, prompt_len)
+    for i, layer in enumerate(decoder.layers):
+        assert layer.hook is None
+        layer.hook = steps[i].append
+    for t in range(prompt_len, 40):
+        rows = slice(max(0, t - 3), t)
+        kept = [[x.flatten(2, 3)[:, :, rows].clone() for x in (layer.cache.k, layer.cache.v)] for layer in decoder.layers]
+        assert torch.equal(decoder.step(tokens[:, t]), wanted[:, t - prompt_len + 1])
+        for i in (1, 2):
+            cache, step = decoder.layers[i].cache, steps[i][-1]
+            assert torch.equal(step.before.k, kept[i][0]) and torch.equal(step.before.v, kept[i][1])
+            assert torch.equal(step.after.k, cache.k.flatten(2, 3)[:, :, rows])
+            assert torch.equal(step.after.v, cache.v.flatten(2, 3)[:, :, rows])
+            for before, after, moved in zip(kept[i], (step.after.k, step.after.v), sample.revisions(step, 8)[3:], strict=True):
+                length = (before[0].numpy() ** 2).sum(-1)
+                close(moved, np.sqrt(((after - before)[0].numpy() ** 2).sum(-1) / length), 1e-12)
+    assert not steps[0] and max(sample.revisions(step, 8)[3:].max() for step in steps[2]) > 0.01
+
+
+def test_marks_of_pages():
+    """Five pages of 8 by hand: page 0 was loaded long ago, 2 and 4 by the step before; page 4 begins at token 32."""
+    step = retro_attention.Step(33, torch.tensor([[[0, 2, 4]]]), torch.tensor([[[10, 32, 32]]]), None, None)
+    assert ["".join(sample.mark_pages(step, 0, row, 8)) for row in (33, 32, 31)] == ["#.#.#", "+.-.-", "+.-. "]
+
+
+def test_pictures_of_a_long_context_fit_the_screen(capsys):
+    """131,072 tokens: no line has more than 100 characters, the strips stand below each other and lose no page; each row's
+    numbers are its own, those of K and V from the layer above."""
+    t, R, generator, tok = 131_071, 7, torch.Generator().manual_seed(0), Tokenizer.from_checkpoint(TINY)
+    longest = max(range(4000), key=lambda i: len(repr(tok.decode([i]))))
+    sparse, dense = SimpleNamespace(dense=False), SimpleNamespace(dense=True)
+    layers = [copy.copy(dense if i < 3 else sparse) for i in range(32)]
+    decoder = SimpleNamespace(layers=layers, retro=RetroConfig(window=8), tokens=torch.full((1, t + 1), longest))
+    trace = sample.Trace(decoder, tok, t, 9, layer=30, head=1)
+    pages = torch.stack([torch.randperm(8192, generator=generator)[:50].sort().values for _ in "ab"])[None]  # (1, 2, 50)
+    stamps = torch.randint(t - 9, t, (1, 2, 50), generator=generator)
+    kv, out, lse = torch.randn(1, 2, R, 32), torch.randn(1, R, 6, 32), torch.zeros(1, R, 6)
+    before, after = (retro_attention.PastRows(kv, kv, out, lse + i) for i in range(2))
+    overwritten = retro_attention.PastRows(kv * (1 + torch.arange(7) / 100)[:, None], kv * 0.75, out, lse)
+    for i in range(3, 32):
+        layers[i].hook(retro_attention.Step(t, pages, stamps, before, overwritten if i == 31 else after))
+    lines = [*trace.legend(), *capsys.readouterr().err.split("\n"), *trace.summary()]
+    assert max(map(len, lines)) <= 100
+    rows = [re.fullmatch(r"(t\S*) +'.{9} \|(.{44})\|(.*)", line) for line in lines if re.match(r"t(-\d)? +'", line)]
+    assert [row[1] for row in rows] == ["t", *(f"t-{i}" for i in range(1, 8))]
+    for back, row in enumerate(rows):
+        marks = ["."] * 44  # 187 pages a character
+        new = [page for page, stamp in zip(pages[0, 1].tolist(), stamps[0, 1].tolist(), strict=True) if stamp < t - back]
+        for page in pages[0, 1].tolist():
+            mark = "#" if back == 0 else "+" if page in new else "-"
+            marks[page // 187] = max(marks[page // 187], mark, key=".-+#".index)
+        assert row[2] == "".join(marks)
+        # mass 1 - 1 / e; the output has not moved; K by 6 % in the newest past row, down to 0 in the oldest
+        assert row[3].split() == ([f"{len(new)}", "63.21%", "0.00%", f"{7 - back}.00%", "25.00%"] if back else [])
+
+
+@needs_triton
+def test_both_implementations_give_the_same_picture(capsys):
+    """The kernels leave in the cache what the reference leaves, and their list of pages has room for more than are valid."""
+    model, tok, seen = Llama.from_checkpoint(TINY, device=DEVICE), Tokenizer.from_checkpoint(TINY), []
+    idx = torch.tensor([tok.encode(retro_attention.__doc__, bos=True)[:150]], device=DEVICE)
+    for impl in ("triton", "torch"):
+        config = RetroConfig(page_size=8, budget=0.3, min_tokens=32, window=3, dense_layers=model.config.n_layer - 2, impl=impl)
+        decoder = Decoder(model, 1, config, max_seq_len=300)
+        trace = sample.Trace(decoder, tok, 150, 4, layer=config.dense_layers, head=0)
+        list(decoder.stream(idx, 4, temperature=0))
+        seen.append(capsys.readouterr().err + "\n".join(trace.summary()))
+    assert seen[0] == seen[1] and seen[0].count("\nposition ") == 3 and "+" in seen[0]
+
+
+def test_trace_draws_and_leaves_the_text_alone(capsys):
+    """About ten pictures, an odd number of tokens apart, at the end a line a sparse layer; on stdout nothing but the text."""
+    config, text = sample.read_checkpoint(TINY)[0], command(capsys)[1]
+    code, out, report = command(capsys, "--trace", "1:1", "--window", "3", "--dense_layers", "1")
+    assert code == 0 and out != text  # another window, another text
+    assert out == command(capsys, "--window", "3", "--dense_layers", "1")[1]
+    n = len(Tokenizer.from_checkpoint(TINY).encode("It was a dark night", bos=True))
+    assert [int(t) for t in re.findall(r"\nposition (\d+), layer 1, KV head 1", report)] == list(range(n + 4, n + 39, 5))
+    assert report.count("\nt-2 ") == 7 and "L2 K" in report and "means over 7 tokens" in report
+    assert re.findall(r"\n +(\d+) +\d+\.\d( +\d+\.\d\d)( +\d+\.\d\d%){4}(?=\n)", report)[-1][0] == str(config.n_layer - 1)
+    quest = command(capsys, "--trace", "--attention", "quest")[2]
+    assert "layer 0, KV head 0, every 5" in quest and "no past rows" in quest and "\nt-1" not in quest and "nan" not in quest
+    last = command(capsys, "--trace", str(config.n_layer - 1))[2]
+    assert "\nt-1 " in last and f"L{config.n_layer}" not in last
+    assert "nothing drawn" in command(capsys, "--trace", "--max_new_tokens", "1")[2]
+
+
+def test_trace_refuses_what_it_cannot_draw(capsys, monkeypatch):
+    """One line that names the value and the range, before the weights are read."""
+    monkeypatch.setattr(Llama, "from_checkpoint", lambda *a, **k: pytest.fail("weights were loaded"))
+    config = sample.read_checkpoint(TINY)[0]
+    layers, heads = config.n_layer, config.n_kv_head
+    for value in ("two", "-1", "0", str(layers), f"1:{heads}", "1:", "1:-1", "1:0:0", "1.0"):
+        code, out, error = command(capsys, "--dense_layers", "1", "--trace", value)
+        assert code == 2 and not out and error.count("\n") == 1 and repr(value) in error
+        assert f"between 1 and {layers - 1}" in error and f"between 0 and {heads - 1}" in error
+    for dense in (["--attention", "full"], ["--dense_layers", str(layers)]):
+        code, out, error = command(capsys, "--trace", *dense)
+        assert code == 2 and not out and error.count("\n") == 1 and f"all {layers} layers are dense" in error

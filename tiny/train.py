@@ -13,6 +13,8 @@ A window of training text is either book text, or tasks, with or without book te
 ledger    lines "name: number", then an order of names, then the answer: the same lines in that order.
 chain     shuffled lines "X wrote to Y.", then a start, then the answer: the letters followed from there, each line's end the
           next line's beginning. One slip derails the rest.
+relay     the same shuffled lines, then names, then for each name whom the receiver of its letter wrote to: a friend who is
+          never named has to be found on the way.
 """
 
 import argparse
@@ -68,7 +70,17 @@ def chain(rng: random.Random, n: int) -> tuple[str, str]:
     return f"Letters\n{''.join(rng.sample(lines, n))}Follow the letters from {names[0]}\n", "".join(lines) + "\n"
 
 
-TASKS = {"ledger": ledger, "chain": chain}
+def relay(rng: random.Random, n: int) -> tuple[str, str]:
+    """Question of `n` lines (3 to len(NAMES)) and answers for up to 16 names."""
+    names = rng.sample(NAMES, n)
+    receiver = dict(zip(names, names[1:] + names[:1], strict=True))
+    lines = [f"{a} wrote to {b}.\n" for a, b in receiver.items()]
+    asked = rng.sample(names, min(n, 16))
+    answer = "".join(f"{a} wrote to a friend, who wrote to {receiver[receiver[a]]}.\n" for a in asked)
+    return f"Letters\n{''.join(rng.sample(lines, n))}Relay from {', '.join(asked)}\n", answer + "\n"
+
+
+TASKS = {"ledger": ledger, "chain": chain, "relay": relay}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,8 +129,7 @@ class Windows(torch.utils.data.IterableDataset):
         while True:
             n = self.context
             if rng.random() >= self.task_share:
-                ids = self.book_text(rng, n + 1)
-                targets = ids
+                ids = targets = [self.tok.bos, *self.book_text(rng, n)]
             else:
                 # Book text in front of half of the task windows: the tasks are asked for there, too.
                 front = self.book_text(rng, rng.randrange(n // 2)) if rng.random() < 0.5 else []
@@ -186,6 +197,7 @@ def params_of(args, vocab_size: int) -> dict:
         "n_kv_heads": args.n_kv_head,
         "vocab_size": vocab_size,
         "multiple_of": 128,
+        "ffn_dim_multiplier": 0.875,  # 896 at dim 384: ten layers of it stay below 32 MB
         "norm_eps": 1e-5,
         "rope_theta": 50_000.0,
         "max_seq_len": 4096,
@@ -220,15 +232,20 @@ def train(args):
 
 def run(model, opts, batches, step: int, device: str, args) -> int:
     """Trains until the last step or until the piece's minutes are over; returns the step it came to."""
-    forward = torch.compile(model) if device == "cuda" else model
-    start, first = time.time(), step
+
+    def loss_of(idx, targets):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return F.cross_entropy(model(idx).float().flatten(0, 1), targets.flatten())
+
+    if device == "cuda":
+        loss_of = torch.compile(loss_of)  # the loss with the model: the logits are the largest tensor
+    start = mark = time.time()
     while step < args.steps and time.time() - start < args.minutes * 60:
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = args.lr * learning_rate(step, args)
         idx, targets = (x.to(device, non_blocking=True) for x in next(batches))
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = F.cross_entropy(forward(idx).float().flatten(0, 1), targets.flatten())
+        loss = loss_of(idx, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -236,8 +253,11 @@ def run(model, opts, batches, step: int, device: str, args) -> int:
             opt.zero_grad()
         step += 1
         if step % args.log_every == 0:
-            rate = (step - first) * idx.numel() / (time.time() - start)
-            print(f"step {step} loss {loss.item():.3f} {rate:.0f} tokens/s {time.time() - start:.0f} s", flush=True)
+            loss = loss.item()  # waits for the GPU
+            now, last = time.time(), mark
+            mark = now
+            rate = args.log_every * idx.numel() / (now - last)
+            print(f"step {step} loss {loss:.3f} {rate:.0f} tokens/s {now - start:.0f} s", flush=True)
     return step
 
 
@@ -254,20 +274,25 @@ def bits_per_byte(model: Llama, tok: Tokenizer, books: list[str], device: str) -
 
 
 def task_lines(model: Llama, tok: Tokenizer, name: str, book: str, device: str, args) -> tuple[int, int]:
-    """Lines exactly right and lines asked for, greedy and free-running with full attention; every second question stands
-    behind 1,024 tokens of a book, the others behind another task and its answer (as far as the context has room)."""
+    """Lines exactly right and lines asked for, greedy and free-running with full attention. In front of every question
+    stands book text, and between it and every second question another task with its answer."""
     rng, text = random.Random(args.seed), tok.encode(book)
-    right = total = 0
+    prompts, answers = [], []
     for i in range(args.questions):
         question, answer = TASKS[name](rng, args.entries)
-        ids, n = tok.encode(question), len(tok.encode(answer))
-        room = model.config.max_seq_len - len(ids) - n - 1
-        start = rng.randrange(len(text) - 1024)
-        before = text[start : start + 1024] if i % 2 else tok.encode("".join(rng.choice(list(TASKS.values()))(rng, 32)))
-        idx = torch.tensor([[tok.bos, *before[:room], *ids]], device=device)
-        out = model.generate(idx, max_new_tokens=n, retro=None, temperature=0)
-        got, wanted = tok.decode(out[0, idx.shape[1] :].tolist()).split("\n"), answer.split("\n")[: args.entries]
-        right += sum(a == b for a, b in zip(got, wanted, strict=False))
+        other = rng.choice(list(TASKS.values()))(rng, args.entries // 2)
+        prompts.append(tok.encode("".join(other) * (i % 2) + question))
+        answers.append(answer)
+    length = max(map(len, prompts)) + 512  # all of one length, filled up with book text, so that they make one batch
+    for i, prompt in enumerate(prompts):
+        start = rng.randrange(len(text) - length)
+        prompts[i] = [tok.bos, *text[start : start + length - len(prompt)], *prompt]
+    n = max(len(tok.encode(answer)) for answer in answers)
+    out = model.generate(torch.tensor(prompts, device=device), max_new_tokens=n, retro=None, temperature=0)
+    right = total = 0
+    for ids, answer in zip(out[:, length + 1 :].tolist(), answers, strict=True):
+        wanted = answer.split("\n")[:-2]
+        right += sum(a == b for a, b in zip(tok.decode(ids).split("\n"), wanted, strict=False))
         total += len(wanted)
     return right, total
 
@@ -301,7 +326,7 @@ def main():
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--warmup", type=int, default=100, help="steps")
     parser.add_argument("--decay", type=float, default=0.5, help="share of the run over which the rate falls to zero")
-    parser.add_argument("--task_share", type=float, default=0.2, help="share of windows with tasks")
+    parser.add_argument("--task_share", type=float, default=0.3, help="share of windows with tasks")
     parser.add_argument("--sizes", type=int, nargs=2, default=(8, 128), help="entries of a task")
     parser.add_argument("--workers", type=int, default=8, help="processes that make windows")
     parser.add_argument("--log_every", type=int, default=50)
