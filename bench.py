@@ -3,6 +3,8 @@
     quality     what sparse decoding costs in fidelity and accuracy: full attention, Quest, RetroAttention, and five neighbours
     exposure    do neighbouring queries want the same pages, and how many pages does a query meet in the end (paper, figure 2)
     longgen     many questions in one prompt, all answers in one generation, as LongGenBench has it; for a real checkpoint
+    kernels     each kernel of a step, one layer: microseconds, and the share of what memory could do; dense attention beside it
+    decode      whole steps of a model with random weights: full attention, Quest, RetroAttention; with --long, one long run
     picture     two panels out of the JSON of `quality` and `exposure`
 
 Tables go to stdout, and as its last line all numbers as one line of JSON, with versions, device and arguments. Progress goes
@@ -21,18 +23,24 @@ import os
 import platform
 import random
 import re
+import statistics
 import sys
 import time
+import timeit
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from model import Decoder, Llama, Tokenizer
+import retro_attention
+from model import Decoder, Llama, LlamaConfig, Tokenizer
 from retro_attention import LayerCache, RetroConfig, accumulator, apply_rope, attend, combine, score, select, store, write
 from sample import DTYPES, choose_device, load
 from tiny.train import NAMES, TASKS
@@ -57,6 +65,8 @@ REFRESH = 32  # steps between two dense passes of RefreshKV and of ReSA
 
 class Neighbour:
     """Stands in for a layer's RetroAttention, with the same two methods, on the same cache."""
+
+    hook = None
 
     def __init__(self, cache: LayerCache):
         self.cache = cache
@@ -128,7 +138,7 @@ class TOVA(TokenPolicy):
 
     def decode(self, q, k, v, cos, sin, t):
         q, t = write(q, k, v, cos, sin, self.cache, t), int(t)
-        self.kept = torch.nn.functional.pad(self.kept, (0, 1), value=True)  # (B, t+1)
+        self.kept = pad(self.kept, (0, 1), value=True)  # (B, t+1)
         o, weight = self.softmax(q, *self.keys_and_values(t), self.kept[:, None])
         self.evict(weight, t)
         return o
@@ -151,7 +161,7 @@ class RefreshKV(TokenPolicy):
             self.importance = weight.mean(dim=2)  # (B, n_kv_head, t+1)
             return o
         # Above every weight, the newest highest: as the tokens come, the least important of the set make room.
-        self.importance = torch.nn.functional.pad(self.importance, (0, 1), value=1 + t)
+        self.importance = pad(self.importance, (0, 1), value=1 + t)
         best = self.importance.topk(min(t + 1, self.allowed(t))).indices
         visible = torch.zeros_like(self.importance, dtype=torch.bool).scatter(2, best, True)
         return self.softmax(q, *self.keys_and_values(t), visible)[0]
@@ -168,7 +178,7 @@ class SelectionReuse(Neighbour):
         if (int(t) - self.prompt_len) % 2 == 0:
             self.scores = score(q, self.cache, t)  # (B, n_kv_head, pages held); `select` sets the newest page's to infinity
         held = int(t) // self.cache.config.page_size + 1
-        self.scores = torch.nn.functional.pad(self.scores, (0, held - self.scores.shape[2]))  # a page begun since
+        self.scores = pad(self.scores, (0, held - self.scores.shape[2]))  # a page begun since
         o, lse = attend(q, self.cache, *select(self.scores, self.cache, t), t)
         return combine(o, lse, self.cache, t)
 
@@ -498,7 +508,7 @@ def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> li
     shares = []
     for i in range(distance, len(ranks)):
         now, past, k = ranks[i] < selected[i], ranks[i - distance], selected[i - distance]
-        past = torch.nn.functional.pad(past, (0, now.shape[2] - past.shape[2]), value=2 * k)
+        past = pad(past, (0, now.shape[2] - past.shape[2]), value=2 * k)
         shares.append(torch.stack([(now & (past < k)).sum(), (now & (past >= k) & (past < 2 * k)).sum()]) / now.sum())
     return torch.stack(shares).mean(dim=0).tolist()
 
@@ -693,6 +703,362 @@ def longgen(args) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Clocks, contents, bytes: what kernels and decode share
+
+SHAPES = {  # of Llama 3.1 8B, Llama 3.2 1B, and the checkpoint in tiny/
+    "8b": LlamaConfig(4096, 32, 32, 8, 128_256, 14_336, 131_072, rope_scaling=8.0),
+    "1b": LlamaConfig(2048, 16, 32, 8, 128_256, 8_192, 131_072, rope_scaling=32.0, tie_embeddings=True),
+    "tiny": LlamaConfig(384, 10, 6, 2, 4096, 896, 4096, rope_theta=50_000.0, tie_embeddings=True),
+}
+
+
+def times(run: Callable, n: int) -> list[float]:
+    """Milliseconds of each of n calls: by events on a GPU, by the clock elsewhere."""
+    if not torch.cuda.is_available():
+        return [1e3 * timeit.timeit(run, number=1) for _ in range(n)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+
+
+def microseconds(run: Callable) -> float:
+    """Median of 20 calls; on a GPU, of 20 replays of a CUDA graph, so that launches cost next to nothing."""
+    run()  # compiles
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    times(run, 3)
+    return 1e3 * statistics.median(times(run, 20))
+
+
+def memory_rate(device: str) -> dict[str, float]:
+    """Bytes a second of a copy (read and written) and of two plain reads. Not as a graph, in which a copy is slower."""
+    x = torch.ones(2**30 if device == "cuda" else 2**26, device=device)
+    y = torch.empty_like(x)
+    rates = {}
+    for name, run, nbytes in (("copy", lambda: y.copy_(x), 2 * x.nbytes), ("amax", x.amax, x.nbytes), ("sum", x.sum, x.nbytes)):
+        times(run, 3)
+        rates[name] = nbytes / statistics.median(times(run, 10)) * 1e3
+    return rates
+
+
+def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
+    """Shape, dtype and memory rates; the first line of the output says them."""
+    gpu = args.device == "cuda"
+    if args.shape != "tiny" and not gpu:
+        raise ValueError(f"shape must be tiny on a machine without a GPU, not {args.shape}")
+    for context, B in args.settings:
+        if context < 256 or B < 1:
+            raise ValueError(f"settings must have a context >= 256 and a batch >= 1, not {context}x{B}")
+    longest = max(context for context, _ in args.settings)
+    shape = replace(SHAPES[args.shape], max_seq_len=longest)
+    for w in args.windows:
+        RetroConfig(window=w)  # refuses a window before anything is measured
+    rates = memory_rate(args.device)
+    where = torch.cuda.get_device_name() if gpu else "No GPU: on the CPU, with the PyTorch reference"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    print(f"{where}; shape {args.shape}, {dtype}; memory, GB/s:", *(f"{name} {x / 1e9:.0f}" for name, x in rates.items()))
+    return shape, dtype, rates
+
+
+def fits(needed: float, what: str) -> bool:
+    """Whether that many bytes are free. A line says so if not."""
+    if not torch.cuda.is_available():
+        return True
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if needed > free:
+        print(f"{what}: skipped, it needs {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free")
+    return needed <= free
+
+
+def fill(cache: LayerCache, t: int):
+    """Random contents, as a step to position t finds them: some pages were seen by the window's past rows, some not."""
+    cache.k.normal_()
+    cache.v.normal_()
+    if cache.k_min is not None:
+        torch.amin(cache.k, dim=3, out=cache.k_min)
+        torch.amax(cache.k, dim=3, out=cache.k_max)
+        cache.last_loaded.random_(t - 2 * cache.config.window, t)
+        cache.out.normal_()
+        cache.lse.normal_()
+
+
+def layer_bytes(config: RetroConfig, shape: LlamaConfig, B: int, context: int, size: int) -> dict[str, int]:
+    """Bytes that each kernel of a layer must move, `size` a number of the model's; splits and padding are not in it.
+
+    The floor of the four behind `write` is what no implementation gets around: the bounds of the pages held, and K and V of
+    the pages selected.
+    """
+    W, ps, hs, heads, t = config.window, config.page_size, shape.head_size, B * shape.n_kv_head, context - 1
+    held, selected, touched = t // ps + 1, config.pages_selected(t), t // ps - (t - W + 1) // ps + 1
+    rows, vector = B * W * shape.n_head, heads * hs * size  # a token's keys
+    score, attend = 2 * held * vector, 2 * selected * ps * vector
+    return {
+        "write": 2 * (rows * hs * size + 2 * W * vector) + touched * (ps + 2) * vector,
+        "score": score,
+        "select": heads * 4 * (held + 4 * selected),  # scores; a page's number, its stamp there and back
+        "attend": attend,
+        "combine": rows * (3 * (hs + 1) * 4 + hs * size),  # the part, the output cache there and back
+        "four": score + attend,
+        "dense": 2 * context * vector,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# kernels
+
+KERNELS = ("write", "score", "select", "attend", "combine")
+DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "ours": None}
+HEADLINE = (32_768, 2048)  # Quest's: context, tokens selected
+
+
+def stages(config: RetroConfig, shape: LlamaConfig, B: int, context: int, n: int, device: str, dtype) -> dict[str, Callable]:
+    """Name -> what of layer i to run. Each of the n layers has a cache of its own."""
+    W, n_head, n_kv_head, hs = config.window, shape.n_head, shape.n_kv_head, shape.head_size
+    ops = retro_attention.implementation(config.impl, torch.device(device), dtype, hs, W * n_head // n_kv_head)
+    t = torch.tensor(context - 1, device=device)
+    caches = [retro_attention.new_cache(config, False, B, n_head, n_kv_head, hs, context, device, dtype) for _ in range(n)]
+    for cache in caches:
+        fill(cache, context - 1)
+    angles = torch.rand(context, hs // 2, device=device)
+    q, k, v = (torch.randn(n, B, W, heads, hs, device=device, dtype=dtype) for heads in (n_head, n_kv_head, n_kv_head))
+    scores = [ops.score(*layer, t) for layer in zip(q, caches, strict=True)]
+    lists = [ops.select(*layer, t) for layer in zip(scores, caches, strict=True)]
+    parts = [ops.attend(q[i], caches[i], *lists[i], t) for i in range(n)]
+    # Dense attention has one row and no output cache.
+    newest = q[:, :, -1:].contiguous()  # (n, B, 1, n_head, hs)
+    alone = [replace(cache, config=replace(config, window=1), out=None, lse=None) for cache in caches]
+
+    def four(i: int):
+        ops.combine(*ops.attend(q[i], caches[i], *ops.select(ops.score(q[i], caches[i], t), caches[i], t), t), caches[i], t)
+
+    def sdpa(i: int, backend: SDPBackend):
+        key, value = (x.flatten(2, 3)[:, :, :context] for x in (caches[i].k, caches[i].v))
+        with sdpa_kernel(backend):
+            scaled_dot_product_attention(newest[i].transpose(1, 2), key, value, enable_gqa=True)
+
+    return {
+        "write": lambda i: ops.write(q[i], k[i], v[i], angles, angles, caches[i], t),
+        "score": lambda i: ops.score(q[i], caches[i], t),
+        "select": lambda i: ops.select(scores[i], caches[i], t),
+        "attend": lambda i: ops.attend(q[i], caches[i], *lists[i], t),
+        "combine": lambda i: ops.combine(*parts[i], caches[i], t),
+        "four": four,
+        "ours": lambda i: ops.combine(*ops.attend(newest[i], alone[i], None, None, t), alone[i], t),
+    } | {name: partial(sdpa, backend=backend) for name, backend in DENSE.items() if backend}
+
+
+def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device: str, dtype, rate: float) -> dict:
+    """Microseconds a layer, bytes, and the share of its byte floor that each kernel reaches."""
+    us = {}
+    for name, stage in stages(config, shape, B, context, n, device, dtype).items():
+
+        def layers(stage=stage):
+            for i in range(n):
+                stage(i)
+
+        try:
+            us[name] = microseconds(layers) / n
+        except RuntimeError as error:  # SDPA names backends that cannot do it
+            if name not in DENSE:
+                raise
+            progress(f"{name}: {str(error).splitlines()[0]}")
+    nbytes = layer_bytes(config, shape, B, context, dtype.itemsize)
+    share = {name: nbytes["dense" if name in DENSE else name] / rate * 1e6 / x for name, x in us.items()}
+    best = min(us[name] for name in DENSE if name in us)
+    return {"context": context, "batch": B, "window": config.window, "budget": config.budget, "layers": n,
+            "us": us, "bytes": nbytes, "share": share, "best_dense_to_four": best / us["four"],
+            "our_dense_to_four": us["ours"] / us["four"]}  # fmt: skip
+
+
+def short(x: float | None) -> str:
+    return "-" if x is None else f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+
+def show_kernels(rows: list[dict]):
+    figures = []
+    for r in rows:
+        us = {name: short(r["us"].get(name)) for name in (*KERNELS, "four", *DENSE)}
+        us |= {name: f"{us[name]} {r['share'][name]:.0%}" for name in ("score", "attend", "four", "ours")}
+        ratios = [f"{r[name]:.2f}x" for name in ("best_dense_to_four", "our_dense_to_four")]
+        label = f"{r['context']}x{r['batch']} {r['budget']:.4g} W={r['window']}"
+        figures.append([label, *us.values(), short(r["bytes"]["four"] / 1e6), *ratios])
+    head = ["context x batch, budget", *KERNELS, "four", *DENSE, "MB", "best/four", "ours/four"]
+    title = """Microseconds a layer, and % of what the bytes allow; four: score to combine, with their MB. Dense attention:
+SDPA with flash and cuDNN, and our attend over all pages; the best of these, and ours, in units of four."""
+    table(title, head, figures)
+
+
+@torch.inference_mode()
+def kernels(args) -> dict:
+    shape, dtype, rates = begin(args)
+    L2 = torch.cuda.get_device_properties(0).L2_cache_size if args.device == "cuda" else 0
+    rows = []
+    for context, B in args.settings:
+        configs = [RetroConfig(window=w) for w in args.windows]
+        if context == HEADLINE[0]:
+            configs.append(RetroConfig(window=1, budget=HEADLINE[1] / context))
+        nbytes = layer_bytes(configs[0], shape, B, context, dtype.itemsize)
+        n = max(2, -(-3 * L2 // nbytes["score"]))  # even the bounds of all layers do not stay in the L2 cache
+        if fits(1.1 * n * (nbytes["dense"] + nbytes["score"]) + 1e9, f"{context}x{B}"):
+            for config in configs:
+                progress(f"kernels: {context}x{B}, W={config.window}, budget {config.budget}")
+                rows.append(kernel_row(config, shape, B, context, n, args.device, dtype, max(rates.values())))
+    show_kernels(rows)
+    return {"memory_rate": rates, "rows": rows}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decode
+
+
+def random_model(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
+    with torch.device("meta"):
+        model = Llama(config)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.normal_(std=0.02) if p.ndim == 2 else p.fill_(1)
+    model.set_rope()
+    return model
+
+
+def step_bytes(model: Llama, retro: RetroConfig | None, B: int, context: int) -> int:
+    """Bytes that no implementation of a step gets around: the weights, and a layer's own as in `layer_bytes`."""
+    config, table = model.config, model.tok_embeddings.weight
+    layer = layer_bytes(retro or RetroConfig(), config, B, context, table.itemsize)
+    dense = config.n_layer if retro is None else retro.dense_layers
+    weights = sum(p.nbytes for p in model.parameters()) - (0 if config.tie_embeddings else table.nbytes)
+    return weights + dense * layer["dense"] + (config.n_layer - dense) * layer["four"]
+
+
+def cache_bytes(decoder: Decoder) -> dict[str, int]:
+    fields = {"kv": ("k", "v"), "bounds": ("k_min", "k_max"), "outputs": ("out", "lse"), "stamps": ("last_loaded",)}
+    held = {name: [getattr(layer.cache, x) for layer in decoder.layers for x in xs] for name, xs in fields.items()}
+    return {name: sum(x.nbytes for x in tensors if x is not None) for name, tensors in held.items()}
+
+
+def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) -> tuple[list[float], dict]:
+    """Milliseconds of the steps to the last 30 positions of the context, and what is in memory."""
+    gpu, first = torch.cuda.is_available(), context - 36
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    decoder = Decoder(model, B, retro, context)
+    for layer in decoder.layers:
+        fill(layer.cache, first)
+    decoder.t.fill_(first)
+    decoder.position = first
+    token = torch.randint(model.config.vocab_size, (B,), device=decoder.t.device)
+    times(lambda: decoder.step(token), 5)  # the first compiles, the second captures the graph
+    ms = times(lambda: decoder.step(token), 30)
+    memory = {"weights": sum(p.nbytes for p in model.parameters())} | cache_bytes(decoder)
+    return ms, memory | {"peak": torch.cuda.max_memory_allocated() if gpu else None}
+
+
+def step_rows(model: Llama, args, context: int, B: int, rate: float) -> list[dict]:
+    configs = methods(RetroConfig(dense_layers=args.dense_layers), args.windows)
+    ms, memory = {name: [] for name in configs}, {}
+    for i in range(args.rounds):
+        progress(f"decode: {context}x{B}, round {i + 1} of {args.rounds}")
+        for name, retro in configs.items():
+            new, memory[name] = step_times(model, B, retro, context)
+            ms[name] += new
+    median = {name: statistics.median(x) for name, x in ms.items()}
+    rows = []
+    for name, retro in configs.items():
+        nbytes, seconds = step_bytes(model, retro, B, context - 15), median[name] / 1e3  # 15: the middle of the 30
+        rows.append({"context": context, "batch": B, "method": name, "ms": median[name], "tokens_per_s": B / seconds,
+                     "ms_quartiles": statistics.quantiles(ms[name], n=4)[::2], "bytes": nbytes, "bytes_per_s": nbytes / seconds,
+                     "share": nbytes / rate / seconds, "speedup_to_full": median["full"] / median[name],
+                     "time_to_quest": median[name] / median["Quest"], "memory": memory[name]})  # fmt: skip
+    return rows
+
+
+def show_steps(rows: list[dict]):
+    memory = ["weights", "kv", "bounds", "outputs", "stamps", "peak"]
+    figures = [
+        [f"{r['context']}x{r['batch']} {r['method']}", f"{r['ms']:.3f}", short(r["tokens_per_s"]),
+         short(r["bytes_per_s"] / 1e9), f"{r['share']:.0%}", f"{r['speedup_to_full']:.2f}x", f"{r['time_to_quest']:.3f}",
+         *(short(r["memory"][x] and r["memory"][x] / 1e6) for x in memory)]
+        for r in rows
+    ]  # fmt: skip
+    head = ["context x batch", "ms", "tokens/s", "GB/s", "floor", "to full", "to Quest", *memory]
+    table("A step of the batch; floor: share of what the bytes allow; memory in MB (outputs: the output cache)", head, figures)
+
+
+@torch.inference_mode()
+def decode(args) -> dict:
+    at_least(args, rounds=1, long=0, dense_layers=0)
+    if args.dense_layers > SHAPES[args.shape].n_layer:
+        raise ValueError(f"dense_layers must be between 0 and {SHAPES[args.shape].n_layer}, not {args.dense_layers}")
+    if args.long:
+        return long_run(args)
+    shape, dtype, rates = begin(args)
+    model, rows = random_model(shape, args.device, dtype), []
+    for context, B in args.settings:
+        nbytes = layer_bytes(RetroConfig(), shape, B, context, dtype.itemsize)
+        if fits(1.02 * shape.n_layer * (nbytes["dense"] + nbytes["score"]) + 1e9, f"{context}x{B}"):
+            rows += step_rows(model, args, context, B, max(rates.values()))
+    show_steps(rows)
+    return {"memory_rate": rates, "rows": rows}
+
+
+def long_run(args) -> dict:
+    """One generation of many tokens: does a step take longer than its bytes explain, does memory grow, do NaN appear?"""
+    n, gpu, prompt_len = args.long, args.device == "cuda", 1000
+    if n < 100:
+        raise ValueError(f"long must be >= 100, not {n}")
+    args.shape, args.settings = "tiny", [(n + prompt_len, 1)]
+    shape, dtype, rates = begin(args)
+    model, retro = random_model(shape, args.device, dtype), RetroConfig(window=8, dense_layers=args.dense_layers)
+    prompt = torch.randint(shape.vocab_size, (1, prompt_len), device=args.device)
+    allocated = torch.cuda.memory_allocated if gpu else lambda: None
+    decoder, rows = Decoder(model, 1, retro), []
+    logits, steps = decoder.prefill(prompt), (0, 3, n // 4, n // 2, 3 * n // 4, n)  # 3 steps compile and capture, off the clock
+    for first, last in itertools.pairwise(steps):
+        before, start = allocated(), time.perf_counter()
+        for _ in range(first, last):
+            logits = decoder.step(logits.argmax(dim=-1))
+        finite = logits.isfinite().all().item()  # waits for the device
+        ms, nbytes = (
+            1e3 * (time.perf_counter() - start) / (last - first),
+            step_bytes(model, retro, 1, prompt_len + (first + last) // 2),
+        )
+        progress(f"long: {last} of {n} tokens")
+        rows.append({"tokens": [first + 1, last], "ms": ms, "bytes": nbytes, "floor_ms": nbytes / max(rates.values()) * 1e3,
+                     "finite": finite, "allocated": [before, allocated()]})  # fmt: skip
+    eager, m = Decoder(model, 1, retro), min(n, 300)
+    eager.captures = False
+    logits = eager.prefill(prompt)
+    for _ in range(m):
+        logits = eager.step(logits.argmax(dim=-1))
+    span = slice(prompt_len, prompt_len + m)
+    same = (decoder.tokens[:, span] == eager.tokens[:, span]).all().item()
+    show_long(
+        rows[1:], f"first {m} tokens of graph and eager decoding: {'the same' if same else 'DIFFERENT'}" if gpu else "no graph"
+    )
+    return {"memory_rate": rates, "rows": rows[1:], "graph_equals_eager": same if gpu else None, "compared": m}
+
+
+def show_long(rows: list[dict], note: str):
+    figures = [
+        ["{}-{}".format(*r["tokens"]), f"{r['ms']:.3f}", f"{r['floor_ms']:.3f}", f"{r['bytes'] / 1e6:.1f}", str(r["finite"]),
+         *("-" if x is None else f"{x / 1e6:.1f}" for x in r["allocated"])]
+        for r in rows
+    ]  # fmt: skip
+    head = ["tokens", "ms a token", "ms by bytes", "MB", "finite", "MB allocated", "at the end"]
+    table(f"One generation, W=8; {note}", head, figures)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # picture
 
 COLORS = ["#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's, which the color-blind tell apart
@@ -778,24 +1144,15 @@ def add_text_options(add, passages: int, prefix: int, length: int):
     add("--length", type=int, default=length, help="tokens decoded behind it, a passage")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(run: Callable, help: str):
-        sub = commands.add_parser(run.__name__, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run)
-        return sub.add_argument
-
-    add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
+def add_quality_commands(command: Callable):
     # The paper's floor and dense layers would hide all in a small model; bfloat16 rounds by as much as is measured.
     small = {"min_tokens": 32, "dense_layers": 0, "dtype": "float32"}
+    add = command(quality, "fidelity on text and accuracy on the tasks, against full attention", QUICK)
     add_method_options(add, **small)
     add_text_options(add, passages=24, prefix=2048, length=384)
     add("--questions", type=int, default=24, help="questions of each task; 0 leaves the tasks out")
     add("--entries", type=int, default=32, help="lines to remember, a question")
     add("--buckets", type=int, default=8, help="parts of the decoded text to report on")
-    add("--quick", action="store_true", help=", ".join(f"--{name} {value}" for name, value in QUICK.items()))
     add = command(exposure, "which pages neighbouring queries want, and how many a query meets")
     add_method_options(add, **small)
     add_text_options(add, passages=8, prefix=2048, length=256)
@@ -809,13 +1166,61 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--examples", type=int, default=8, help="worked examples in front, the first questions of the file")
     add("--answer_tokens", type=int, default=256, help="tokens to generate at most, a question")
     add("--chat", action="store_true", help="the prompt is a user's message, in the format of the checkpoint's tokenizer")
+
+
+def setting(text: str) -> tuple[int, int]:
+    context, batch = text.split("x")
+    return int(context), int(batch)
+
+
+def add_speed_options(add, gpu: bool, settings: str, windows: list[int]):
+    add("--shape", choices=list(SHAPES), default="8b" if gpu else "tiny", help="Llama 3.1 8B's, 3.2 1B's or tiny/'s")
+    settings = [setting(x) for x in (settings if gpu else "1024x1 4096x1").split()]
+    add("--settings", type=setting, nargs="+", default=settings, help="context x batch, as 32768x8")
+    add("--windows", type=int, nargs="+", default=windows, help="W to measure; 1 is Quest")
+
+
+def add_speed_commands(command: Callable, gpu: bool):
+    """On a GPU if there is one; else with the PyTorch reference, which says little about speed."""
+    quick = {"settings": [(32_768, 1), (32_768, 8)] if gpu else [(1024, 1)]}
+    add = command(kernels, "microseconds of each kernel, and of dense attention", quick | {"windows": [1, 2]})
+    add_speed_options(add, gpu, " ".join(f"{k * 1024}x{B}" for k in (8, 32, 64, 128) for B in (1, 8)), [1, 2, 8])
+    add = command(decode, "milliseconds of whole steps, with random weights and random caches", quick | {"rounds": 1})
+    add_speed_options(add, gpu, "32768x1 131072x1 32768x8 65536x8", [2, 4, 8])
+    add(
+        "--dense_layers",
+        type=int,
+        default=0,
+        help="first layers that attend to all; with 0 one byte floor holds for each layer",
+    )
+    add("--rounds", type=int, default=3, help="times that all methods are measured in turn, 30 steps each")
+    add("--long", type=int, default=0, help="instead, generate so many tokens in one go: tiny/'s shape, W=8")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    gpu, quicks = torch.cuda.is_available(), {}
+
+    def command(run: Callable, help: str, quick: dict | None = None):
+        sub = commands.add_parser(run.__name__, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        if quick:
+            quicks[run.__name__] = quick
+            sub.add_argument("--quick", action="store_true", help=f"other defaults: {quick}")
+        return sub.add_argument
+
+    add_quality_commands(command)
+    add_speed_commands(command, gpu)
     add = command(picture, "draws the results of quality and exposure (needs matplotlib)")
     add("--quality", required=True, help="saved output of bench.py quality")
     add("--exposure", required=True, help="saved output of bench.py exposure")
     add("--out", default="quality.png", help="file to write")
+    for name in ("kernels", "decode"):
+        commands.choices[name].set_defaults(device="cuda" if gpu else "cpu")
     args = parser.parse_args(argv)
-    if args.command == "quality" and args.quick:
-        commands.choices["quality"].set_defaults(**QUICK)
+    if getattr(args, "quick", False):
+        commands.choices[args.command].set_defaults(**quicks[args.command])
         args = parser.parse_args(argv)
     return args
 

@@ -1563,6 +1563,67 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
         assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.fixture
+def measure(capsys, monkeypatch):
+    """Runs a speed command as on a machine without a GPU: its first line, and the JSON of its last."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(args):
+        assert bench.main(args.split()) == 0
+        lines = capsys.readouterr().out.strip().split("\n")
+        assert "No GPU" in lines[0] and "PyTorch reference" in lines[0]
+        return json.loads(lines[-1])["results"]
+
+    return run
+
+
+def test_kernels_sets_the_time_beside_the_bytes(measure, monkeypatch):
+    """Bytes by hand for 320 tokens in 20 pages, 16 of them (min_tokens) or, for Quest's headline setting, 16 selected."""
+    monkeypatch.setattr(bench, "HEADLINE", (320, 288))
+    results = measure("kernels --settings 320x2 --windows 1 8")
+    rows, rate = results["rows"], max(results["memory_rate"].values())
+    assert [(row["window"], row["budget"]) for row in rows] == [(1, 0.15), (8, 0.15), (1, 0.9)]
+    for row in rows:
+        pages, vector = 18 if row["budget"] == 0.9 else 16, 2 * 2 * 64 * 4  # batch, KV heads, head size, float32
+        assert row["bytes"]["score"] == 2 * 20 * vector and row["bytes"]["attend"] == 2 * pages * 16 * vector
+        assert row["bytes"]["four"] == 2 * (20 + pages * 16) * vector and row["bytes"]["dense"] == 2 * 320 * vector
+        assert {*bench.KERNELS, "four", "ours"} <= set(row["us"]) and all(x > 0 for x in row["us"].values())
+        assert row["share"]["four"] == pytest.approx(row["bytes"]["four"] / rate * 1e6 / row["us"]["four"])
+        assert row["share"]["ours"] == pytest.approx(row["bytes"]["dense"] / rate * 1e6 / row["us"]["ours"])
+        assert row["our_dense_to_four"] == pytest.approx(row["us"]["ours"] / row["us"]["four"])
+
+
+def test_decode_sets_whole_steps_beside_the_bytes(measure):
+    """The shape is the shipped checkpoint's, with embeddings that are the output head too: a step reads all weights."""
+    config, weights = sample.read_checkpoint(TINY)
+    assert bench.SHAPES["tiny"] == config
+    results = measure("decode --settings 400x2 --windows 2 --rounds 1 --dense_layers 3")
+    rows, rate = results["rows"], max(results["memory_rate"].values())
+    assert [row["method"] for row in rows] == ["full", "Quest", "Retro W=2"]
+    read = 4 * sum(w.numel() for w in weights.values())
+    vector = 2 * 2 * 64 * 4  # 385 tokens in 25 pages when half of the steps are done
+    assert rows[0]["bytes"] == read + 10 * 2 * 385 * vector
+    assert rows[1]["bytes"] == rows[2]["bytes"] == read + (3 * 2 * 385 + 7 * 2 * (25 + 16 * 16)) * vector
+    for row in rows:
+        assert row["share"] == pytest.approx(row["bytes"] / rate / row["ms"] * 1e3)
+        assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms"])
+        assert row["memory"]["kv"] == 10 * 2 * 400 * vector and row["memory"]["peak"] is None
+    untied = bench.random_model(replace(config, tie_embeddings=False, max_seq_len=400), "cpu", torch.float32)
+    assert bench.step_bytes(untied, None, 2, 385) == rows[0]["bytes"], "of the embedding table itself a step takes single rows"
+    bounds = [row["memory"]["bounds"] for row in rows]
+    assert bounds == [0, 7 * 2 * 25 * vector, 7 * 2 * 25 * vector]
+    assert [row["memory"]["outputs"] for row in rows] == [0, *(7 * 2 * W * 6 * 65 * 4 for W in (1, 2))]
+
+
+def test_a_long_run_is_measured_by_quarters(measure, monkeypatch):
+    """All logits finite; what the bytes explain grows with the text."""
+    monkeypatch.setitem(bench.SHAPES, "tiny", LlamaConfig(32, 1, 2, 1, 64, 64, 4096))
+    rows = measure("decode --long 120")["rows"]
+    assert [row["tokens"] for row in rows] == [[4, 30], [31, 60], [61, 90], [91, 120]]
+    assert all(row["finite"] and row["ms"] > row["floor_ms"] > 0 for row in rows)
+    assert rows[0]["bytes"] < rows[3]["bytes"]
+
+
 def test_quick_changes_what_is_not_given():
     """--quick stands for smaller sizes, each of which can still be given, also as what is usual."""
     usual, quick, both = (bench.parse_args(["quality", *x.split()]) for x in ("", "--quick", "--quick --passages 24"))
@@ -1594,6 +1655,14 @@ def test_quick_changes_what_is_not_given():
         ("quality --prefix 300", "prefix must be at least .* for 32 entries of ledger, not 300"),
         ("quality --prefix 4000 --length 1", "prefix must be at most 3.* in ledger, not 4000"),
         ("picture --quality LICENSE --exposure LICENSE", "LICENSE: its last line is not the JSON of bench.py quality"),
+        ("kernels --shape 70b", "invalid choice: '70b'"),
+        ("kernels --settings 64x1", "settings must have a context >= 256 and a batch >= 1, not 64x1"),
+        ("kernels --settings 1024", "invalid setting value: '1024'"),
+        ("kernels --windows 0", "window must be an integer >= 1, not 0"),
+        ("decode --settings 1024x0", "a batch >= 1, not 1024x0"),
+        ("decode --rounds 0", "rounds must be >= 1, not 0"),
+        ("decode --dense_layers 11 --shape tiny", "dense_layers must be between 0 and 10, not 11"),
+        ("decode --long 5", "long must be >= 100, not 5"),
         ("nonsense", "invalid choice: 'nonsense'"),
         ("quality --budget much", "--budget: invalid float"),
     ],
