@@ -442,13 +442,13 @@ def show_text(text: dict, args):
     title = f"{args.passages} passages of {source}: {args.prefix} tokens of prompt, {args.length} decoded, teacher-forced"
     table(title, head, figures)
     spans = [f"{a + 1}-{b}" for a, b in zip(text["positions"], text["positions"][1:], strict=False)]
-    kl = [[name, *(f"{x:.5f}" for x in r["kl_by_position"])] for name, r in rows]
-    table("KL by position behind the prompt", ["method", *spans], kl)
-    gap = [[name, *(f"{x:+.4f}" for x in r["gap_by_position"])] for name, r in rows]
-    table("Nats a token lost, by position behind the prompt", ["method", *spans], gap)
     layers = [f"layer {i}" for i in range(len(text["rows"]["full"]["attention_error"]))]
-    errors = [[name, *(f"{x:.3f}" for x in r["attention_error"])] for name, r in rows]
-    table("Attention outputs: distance to full attention's, relative to their length", ["method", *layers], errors)
+    for title, columns, key, form in (
+        ("KL by position behind the prompt", spans, "kl_by_position", ".5f"),
+        ("Nats a token lost, by position behind the prompt", spans, "gap_by_position", "+.4f"),
+        ("Attention outputs: distance to full attention's, relative to their length", layers, "attention_error", ".3f"),
+    ):
+        table(title, ["method", *columns], [[name, *(format(x, form) for x in r[key])] for name, r in rows])
 
 
 def show_task(task: str, rows: dict, args):
@@ -757,8 +757,7 @@ def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
     for context, B in args.settings:
         if context < 256 or B < 1:
             raise ValueError(f"settings must have a context >= 256 and a batch >= 1, not {context}x{B}")
-    longest = max(context for context, _ in args.settings)
-    shape = replace(SHAPES[args.shape], max_seq_len=longest)
+    shape = replace(SHAPES[args.shape], max_seq_len=max(context for context, _ in args.settings))
     for w in args.windows:
         RetroConfig(window=w)  # refuses a window before anything is measured
     rates = memory_rate(args.device)
@@ -1011,6 +1010,12 @@ def decode(args) -> dict:
     return {"memory_rate": rates, "rows": rows}
 
 
+def greedy(decoder: Decoder, logits: torch.Tensor, n: int) -> torch.Tensor:
+    for _ in range(n):
+        logits = decoder.step(logits.argmax(dim=-1))
+    return logits
+
+
 def long_run(args) -> dict:
     """One generation of many tokens: does a step take longer than its bytes explain, does memory grow, do NaN appear?"""
     n, gpu, prompt_len = args.long, args.device == "cuda", 1000
@@ -1020,42 +1025,32 @@ def long_run(args) -> dict:
     shape, dtype, rates = begin(args)
     model, retro = random_model(shape, args.device, dtype), RetroConfig(window=8, dense_layers=args.dense_layers)
     prompt = torch.randint(shape.vocab_size, (1, prompt_len), device=args.device)
+    decoder, eager, rows = Decoder(model, 1, retro), Decoder(model, 1, retro), []
+    eager.captures = False
+    greedy(eager, eager.prefill(prompt), min(n, 300))
     allocated = torch.cuda.memory_allocated if gpu else lambda: None
-    decoder, rows = Decoder(model, 1, retro), []
-    logits, steps = decoder.prefill(prompt), (0, 3, n // 4, n // 2, 3 * n // 4, n)  # 3 steps compile and capture, off the clock
-    for first, last in itertools.pairwise(steps):
+    logits = greedy(decoder, decoder.prefill(prompt), 3)  # captures the graph, off the clock
+    for first, last in itertools.pairwise((3, n // 4, n // 2, 3 * n // 4, n)):
         before, start = allocated(), time.perf_counter()
-        for _ in range(first, last):
-            logits = decoder.step(logits.argmax(dim=-1))
+        logits = greedy(decoder, logits, last - first)
         finite = logits.isfinite().all().item()  # waits for the device
-        ms, nbytes = (
-            1e3 * (time.perf_counter() - start) / (last - first),
-            step_bytes(model, retro, 1, prompt_len + (first + last) // 2),
-        )
-        progress(f"long: {last} of {n} tokens")
+        ms = 1e3 * (time.perf_counter() - start) / (last - first)
+        nbytes = step_bytes(model, retro, 1, prompt_len + (first + last) // 2)
         rows.append({"tokens": [first + 1, last], "ms": ms, "bytes": nbytes, "floor_ms": nbytes / max(rates.values()) * 1e3,
                      "finite": finite, "allocated": [before, allocated()]})  # fmt: skip
-    eager, m = Decoder(model, 1, retro), min(n, 300)
-    eager.captures = False
-    logits = eager.prefill(prompt)
-    for _ in range(m):
-        logits = eager.step(logits.argmax(dim=-1))
-    span = slice(prompt_len, prompt_len + m)
-    same = (decoder.tokens[:, span] == eager.tokens[:, span]).all().item()
-    show_long(
-        rows[1:], f"first {m} tokens of graph and eager decoding: {'the same' if same else 'DIFFERENT'}" if gpu else "no graph"
-    )
-    return {"memory_rate": rates, "rows": rows[1:], "graph_equals_eager": same if gpu else None, "compared": m}
-
-
-def show_long(rows: list[dict], note: str):
+        progress(f"long: {last} of {n} tokens")
+    compared = slice(prompt_len, prompt_len + min(n, 300))
+    same = torch.equal(decoder.tokens[:, compared], eager.tokens[:, compared]) if gpu else None
     figures = [
-        ["{}-{}".format(*r["tokens"]), f"{r['ms']:.3f}", f"{r['floor_ms']:.3f}", f"{r['bytes'] / 1e6:.1f}", str(r["finite"]),
-         *("-" if x is None else f"{x / 1e6:.1f}" for x in r["allocated"])]
+        ["{}-{}".format(*r["tokens"]), *(f"{r[x]:.3f}" for x in ("ms", "floor_ms")), str(r["finite"]),
+         *("-" if x is None else f"{x / 1e6:.3f}" for x in r["allocated"])]
         for r in rows
     ]  # fmt: skip
-    head = ["tokens", "ms a token", "ms by bytes", "MB", "finite", "MB allocated", "at the end"]
-    table(f"One generation, W=8; {note}", head, figures)
+    title = (
+        f"One generation, W=8. First {min(n, 300)} tokens the same with and without a graph: {same if gpu else 'no graph here'}"
+    )
+    table(title, ["tokens", "ms a token", "ms by bytes", "finite", "MB at first", "at last"], figures)
+    return {"memory_rate": rates, "rows": rows, "graph_equals_eager": same}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1173,20 +1168,20 @@ def setting(text: str) -> tuple[int, int]:
     return int(context), int(batch)
 
 
-def add_speed_options(add, gpu: bool, settings: str, windows: list[int]):
-    add("--shape", choices=list(SHAPES), default="8b" if gpu else "tiny", help="Llama 3.1 8B's, 3.2 1B's or tiny/'s")
-    settings = [setting(x) for x in (settings if gpu else "1024x1 4096x1").split()]
-    add("--settings", type=setting, nargs="+", default=settings, help="context x batch, as 32768x8")
-    add("--windows", type=int, nargs="+", default=windows, help="W to measure; 1 is Quest")
-
-
 def add_speed_commands(command: Callable, gpu: bool):
-    """On a GPU if there is one; else with the PyTorch reference, which says little about speed."""
+    """On a GPU if there is one; else with the PyTorch reference on a few settings, which says little about speed."""
+    on_gpu = {kernels: [(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)],
+              decode: [(32_768, 1), (131_072, 1), (32_768, 8), (65_536, 8)]}  # fmt: skip
     quick = {"settings": [(32_768, 1), (32_768, 8)] if gpu else [(1024, 1)]}
-    add = command(kernels, "microseconds of each kernel, and of dense attention", quick | {"windows": [1, 2]})
-    add_speed_options(add, gpu, " ".join(f"{k * 1024}x{B}" for k in (8, 32, 64, 128) for B in (1, 8)), [1, 2, 8])
-    add = command(decode, "milliseconds of whole steps, with random weights and random caches", quick | {"rounds": 1})
-    add_speed_options(add, gpu, "32768x1 131072x1 32768x8 65536x8", [2, 4, 8])
+    for run, windows, less, help in (
+        (kernels, [1, 2, 8], {"windows": [1, 2]}, "microseconds of each kernel, and of dense attention"),
+        (decode, [2, 4, 8], {"rounds": 1}, "milliseconds of whole steps, with random weights and random caches"),
+    ):
+        add = command(run, help, quick | less, device="cuda" if gpu else "cpu")
+        add("--shape", choices=list(SHAPES), default="8b" if gpu else "tiny", help="Llama 3.1 8B's, 3.2 1B's or tiny/'s")
+        settings = on_gpu[run] if gpu else [(1024, 1), (4096, 1)]
+        add("--settings", type=setting, nargs="+", default=settings, help="context x batch, as 32768x8")
+        add("--windows", type=int, nargs="+", default=windows, help="W to measure; 1 is Quest")
     add(
         "--dense_layers",
         type=int,
@@ -1200,24 +1195,22 @@ def add_speed_commands(command: Callable, gpu: bool):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    gpu, quicks = torch.cuda.is_available(), {}
+    quicks = {}
 
-    def command(run: Callable, help: str, quick: dict | None = None):
+    def command(run: Callable, help: str, quick: dict | None = None, **fixed):
         sub = commands.add_parser(run.__name__, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, **fixed)
         if quick:
             quicks[run.__name__] = quick
             sub.add_argument("--quick", action="store_true", help=f"other defaults: {quick}")
         return sub.add_argument
 
     add_quality_commands(command)
-    add_speed_commands(command, gpu)
+    add_speed_commands(command, torch.cuda.is_available())
     add = command(picture, "draws the results of quality and exposure (needs matplotlib)")
     add("--quality", required=True, help="saved output of bench.py quality")
     add("--exposure", required=True, help="saved output of bench.py exposure")
     add("--out", default="quality.png", help="file to write")
-    for name in ("kernels", "decode"):
-        commands.choices[name].set_defaults(device="cuda" if gpu else "cpu")
     args = parser.parse_args(argv)
     if getattr(args, "quick", False):
         commands.choices[args.command].set_defaults(**quicks[args.command])
