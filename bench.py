@@ -774,7 +774,7 @@ def fits(needed: float, what: str) -> bool:
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     if needed > free:
-        print(f"{what}: skipped, it needs {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free")
+        print(f"{what}: skipped, it needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
     return needed <= free
 
 
@@ -1202,7 +1202,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         sub.set_defaults(run=run, **fixed)
         if quick:
             quicks[run.__name__] = quick
-            sub.add_argument("--quick", action="store_true", help=f"other defaults: {quick}")
+            sub.add_argument("--quick", action="store_true", help=", ".join(f"--{name} {x}" for name, x in quick.items()))
         return sub.add_argument
 
     add_quality_commands(command)
