@@ -1,83 +1,787 @@
-"""Measures: every number of the README comes out of here.
+"""Every number of the README: python bench.py quality --text book.txt
 
-    python bench.py kernels      # each kernel of a decode step, one layer: microseconds, share of what the bytes allow
-    python bench.py decode       # whole steps of a model with random weights: full attention, Quest, RetroAttention
+    quality     what sparse decoding costs in fidelity and accuracy: full attention, Quest, RetroAttention, and five neighbours
+    exposure    do neighbouring queries want the same pages, and how many pages does a query meet in the end (paper, figure 2)
+    longgen     many questions in one prompt, all answers in one generation, as LongGenBench has it; for a real checkpoint
+    kernels     each kernel of a step, one layer: microseconds, and the share of what memory could do; dense attention beside it
+    decode      whole steps of a model with random weights: full attention, Quest, RetroAttention; with --long, one long run
+    picture     two panels out of the JSON of `quality` and `exposure`
 
-Each prints a short table and ends with one line of JSON. `--quick` takes a minute.
+Tables go to stdout, and as its last line all numbers as one line of JSON, with versions, device and arguments. Progress goes
+to stderr. Exit code 0 on success, 2 with one line on a mistake in the arguments or files, 130 after Ctrl-C, 1 if the reader of
+stdout has gone.
+
+Shapes: B passages or questions, L decode steps, T tokens; the rest as in retro_attention.py.
 """
 
 import argparse
+import copy
+import itertools
 import json
+import math
+import os
+import platform
+import random
+import re
 import statistics
 import sys
 import time
-from dataclasses import replace
+import timeit
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 import retro_attention
-from model import Decoder, Llama, LlamaConfig
-from retro_attention import LayerCache, RetroAttention, RetroConfig
+from model import Decoder, Llama, LlamaConfig, Tokenizer
+from retro_attention import LayerCache, RetroConfig, accumulator, apply_rope, attend, combine, score, select, store, write
+from sample import DTYPES, choose_device, load
+from tiny.train import NAMES, TASKS
 
-TINY = Path(__file__).resolve().parent / "tiny"
-SHAPES = {  # of Llama 3.1 8B and Llama 3.2 1B
-    "8b": LlamaConfig(4096, 32, 32, 8, 128_256, 14_336, 131_072, rope_scaling=8.0),
-    "1b": LlamaConfig(2048, 16, 32, 8, 128_256, 8_192, 131_072, rope_scaling=32.0, tie_embeddings=True),
-}
+START = time.time()
+
+
+def progress(text: str):
+    print(f"[{time.time() - START:.0f} s] {text}", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Clocks and contents
+# The neighbours: five other ways to decode, each small enough to be read beside its paper
+#
+# All get Quest's budget at every step: as many tokens as Quest's pages hold when the last one is full. (One that evicts fills
+# up a budget that grows with the text by new tokens only.) Prefill is dense for all, and so are the first `dense_layers`.
+# What is read beyond the budget, page bounds and dense passes, is counted in `pages_read`.
+
+SINKS = 4  # StreamingLLM's first tokens, which take the attention that has nowhere to go
+REFRESH = 32  # steps between two dense passes of RefreshKV and of ReSA
 
 
-def captured(run) -> torch.cuda.CUDAGraph:
-    """`run()` as a CUDA graph: its launches cost next to nothing, so that a replay shows the kernels alone."""
-    run()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
+class Neighbour:
+    """Stands in for a layer's RetroAttention, with the same two methods, on the same cache."""
+
+    hook = None
+
+    def __init__(self, cache: LayerCache):
+        self.cache = cache
+
+    def prefill(self, q, k, v):
+        self.prompt_len = k.shape[1]
+        store(k, v, self.cache, self.prompt_len - 1)
 
 
-def times(run, n: int) -> list[float]:
-    """Milliseconds of each of `n` calls, by events on a GPU, by the clock elsewhere."""
+class TokenPolicy(Neighbour):
+    """Chooses single tokens and not pages. Nothing is moved in memory: what is evicted is just not read again."""
+
+    def allowed(self, t: int) -> int:
+        """Tokens that may be read at position t."""
+        return self.cache.config.pages_selected(t) * self.cache.config.page_size
+
+    def keys_and_values(self, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cache.k.flatten(2, 3)[:, :, : t + 1], self.cache.v.flatten(2, 3)[:, :, : t + 1]  # (B, n_kv_head, t+1, hs)
+
+    def softmax(self, q, k, v, visible=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """One row q (B, 1, n_head, hs), rotated, over T keys -> output (B, 1, n_head, hs), weights (B, n_kv_head, G, T).
+
+        `visible` is bool and broadcasts to (B, n_kv_head, T).
+        """
+        acc = accumulator(q.dtype)
+        rows = q[:, 0].unflatten(1, (k.shape[1], -1)).to(acc)  # (B, n_kv_head, G, hs)
+        s = rows @ k.to(acc).mT * q.shape[-1] ** -0.5  # (B, n_kv_head, G, T)
+        if visible is not None:
+            s = s.masked_fill(~visible[:, :, None], -torch.inf)
+        weight = s.softmax(dim=-1)
+        return (weight @ v.to(acc)).flatten(1, 2)[:, None].to(q.dtype), weight
+
+
+class StreamingLLM(TokenPolicy):
+    """Keeps the first 4 tokens and the newest, numbered anew as if nothing had stood in between (Xiao et al., ICLR 2024).
+
+    Only distances matter to RoPE, so instead of renumbering all, the sinks move forward to just before the recent tokens.
+    """
+
+    def prefill(self, q, k, v):
+        super().prefill(q, k, v)
+        self.first = SINKS  # the oldest recent token; never goes back, even when the budget grows: evicted is gone
+
+    def decode(self, q, k, v, cos, sin, t):
+        q, t = write(q, k, v, cos, sin, self.cache, t), int(t)
+        self.first = max(self.first, t + 1 - max(1, self.allowed(t) - SINKS))
+        k, v = self.keys_and_values(t)
+        moved = slice(self.first - SINKS, self.first - SINKS + 1)
+        sinks = apply_rope(k[:, :, :SINKS].transpose(1, 2), cos[moved], sin[moved]).transpose(1, 2)  # (B, n_kv_head, 4, hs)
+        k = torch.cat((sinks, k[:, :, self.first :]), dim=2)
+        v = torch.cat((v[:, :, :SINKS], v[:, :, self.first :]), dim=2)
+        return self.softmax(q, k, v)[0]
+
+
+class TOVA(TokenPolicy):
+    """Evicts the token with the least attention of the newest query, averaged over the layer's heads (Oren et al., 2024)."""
+
+    def prefill(self, q, k, v):
+        super().prefill(q, k, v)
+        t = self.prompt_len - 1
+        self.kept = torch.ones(len(k), t + 1, dtype=torch.bool, device=k.device)  # (B, t+1)
+        self.evict(self.softmax(q[:, -1:], *self.keys_and_values(t))[1], t)
+
+    def evict(self, weight: torch.Tensor, t: int):
+        """Leaves what the next step may read, less the token that it brings. weight (B, n_kv_head, G, t+1)."""
+        mean = weight.mean(dim=(1, 2)).masked_fill(~self.kept, -1)  # (B, t+1)
+        best = mean.topk(min(t + 1, self.allowed(t + 1) - 1)).indices
+        self.kept &= torch.zeros_like(self.kept).scatter(1, best, True)
+
+    def decode(self, q, k, v, cos, sin, t):
+        q, t = write(q, k, v, cos, sin, self.cache, t), int(t)
+        self.kept = pad(self.kept, (0, 1), value=True)  # (B, t+1)
+        o, weight = self.softmax(q, *self.keys_and_values(t), self.kept[:, None])
+        self.evict(weight, t)
+        return o
+
+
+class RefreshKV(TokenPolicy):
+    """Reads a small set of tokens, and every 32nd step all, by whose attention the set is chosen anew (Xu et al., 2024).
+
+    The set is a KV head's: the tokens with the most attention of its query heads. Tokens since then are all in it.
+    """
+
+    def prefill(self, q, k, v):
+        super().prefill(q, k, v)
+        self.importance = self.softmax(q[:, -1:], *self.keys_and_values(self.prompt_len - 1))[1].mean(dim=2)
+
+    def decode(self, q, k, v, cos, sin, t):
+        q, t = write(q, k, v, cos, sin, self.cache, t), int(t)
+        if (t - self.prompt_len + 1) % REFRESH == 0:
+            o, weight = self.softmax(q, *self.keys_and_values(t))
+            self.importance = weight.mean(dim=2)  # (B, n_kv_head, t+1)
+            return o
+        # Above every weight, the newest highest: as the tokens come, the least important of the set make room.
+        self.importance = pad(self.importance, (0, 1), value=1 + t)
+        best = self.importance.topk(min(t + 1, self.allowed(t))).indices
+        visible = torch.zeros_like(self.importance, dtype=torch.bool).scatter(2, best, True)
+        return self.softmax(q, *self.keys_and_values(t), visible)[0]
+
+
+class SelectionReuse(Neighbour):
+    """Quest that chooses pages at every second step only; the step in between reads the pages of the one before.
+
+    It is the scores that stay: where a page has begun since then, the page with the lowest of them makes room.
+    """
+
+    def decode(self, q, k, v, cos, sin, t):
+        q = write(q, k, v, cos, sin, self.cache, t)
+        if (int(t) - self.prompt_len) % 2 == 0:
+            self.scores = score(q, self.cache, t)  # (B, n_kv_head, pages held); `select` sets the newest page's to infinity
+        held = int(t) // self.cache.config.page_size + 1
+        self.scores = pad(self.scores, (0, held - self.scores.shape[2]))  # a page begun since
+        o, lse = attend(q, self.cache, *select(self.scores, self.cache, t), t)
+        return combine(o, lse, self.cache, t)
+
+
+class ReSA(Decoder):
+    """Quest, and after every 32nd step a dense pass over the last 32 tokens that overwrites their KV (Sun et al., 2025)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.dense_twins = []  # the same memory, attended densely, with no output cache
+        for layer in self.layers:
+            twin = copy.copy(layer)
+            twin.dense, twin.cache = True, replace(layer.cache, out=None, lse=None)
+            self.dense_twins.append(twin)
+
+    def prefill(self, idx):
+        self.prompt_len = idx.shape[1]
+        return super().prefill(idx)
+
+    @torch.inference_mode()
+    def step(self, token):
+        logits = super().step(token)
+        newest = int(self.t)
+        if (newest - self.prompt_len + 1) % REFRESH == 0:
+            rows = self.tokens[:, newest - REFRESH + 1 : newest + 1]  # (B, 32)
+            self.model.hidden(rows, *self.model.rope, self.dense_twins, self.t)
+        return logits
+
+
+LAYERS = {"StreamingLLM": StreamingLLM, "TOVA": TOVA, "selection reuse": SelectionReuse, "RefreshKV": RefreshKV}
+
+
+def methods(retro: RetroConfig, windows: list[int], neighbours: bool = False) -> dict[str, RetroConfig | None]:
+    """Name -> configuration, None for full attention. Quest is RetroAttention with a window of 1, and nothing else."""
+    quest = replace(retro, window=1)
+    out = {"full": None, "Quest": quest} | {f"Retro W={w}": replace(retro, window=w) for w in windows}
+    # The neighbours read sets of tokens that the kernels do not know, or more rows at once than they can hold.
+    return out | (dict.fromkeys([*LAYERS, "ReSA"], replace(quest, impl="torch")) if neighbours else {})
+
+
+def new_decoder(name: str, retro: RetroConfig | None, model: Llama, B: int, length: int) -> Decoder:
+    decoder = (ReSA if name == "ReSA" else Decoder)(model, B, retro, length)
+    if name in LAYERS:
+        decoder.layers[retro.dense_layers :] = [LAYERS[name](layer.cache) for layer in decoder.layers[retro.dense_layers :]]
+    return decoder
+
+
+def pages_read(name: str, retro: RetroConfig, t: int, step: int) -> float:
+    """Pages' worth of K and V that a sparse layer reads per KV head at position t, the step-th behind the prompt (from 1).
+
+    A page's bounds are two vectors, one token's worth; Quest reads them for all pages held.
+    """
+    selected, held = retro.pages_selected(t), t // retro.page_size + 1
+    bounds, refresh = held / retro.page_size, step % REFRESH == 0
+    if name in ("StreamingLLM", "TOVA"):
+        return selected
+    if name == "selection reuse":
+        return selected + bounds * (step % 2)
+    if name == "RefreshKV":
+        return held if refresh else selected
+    return selected + bounds + held * (name == "ReSA" and refresh)
+
+
+def kv_share(name: str, retro: RetroConfig | None, n_layer: int, steps: range) -> float:
+    """KV bytes read by the decode steps at these positions, all layers, as a share of full attention's."""
+    if retro is None or not steps:
+        return 1.0
+    held = sum(t // retro.page_size + 1 for t in steps)
+    share = sum(pages_read(name, retro, t, i + 1) for i, t in enumerate(steps)) / held
+    return (share * (n_layer - retro.dense_layers) + retro.dense_layers) / n_layer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
+    """(B, prefix + length + 1) ids: passages of the text that do not overlap, evenly spread, each behind begin_of_text.
+
+    Without --text, texts sampled from the checkpoint itself with full attention: always at hand, and in the model's own words.
+    """
+    B, T, device = args.passages, args.prefix + args.length + 1, model.norm.weight.device
+    if T > model.config.max_seq_len:
+        raise ValueError(f"prefix + length must be at most {model.config.max_seq_len - 1}, not {T - 1}: the context")
+    start = [tok.bos] if tok.bos is not None else tok.encode("\n")
+    if args.text is None:
+        progress(f"no --text: sampling {B} texts of {T} tokens from the checkpoint")
+        return model.generate(torch.tensor([start] * B, device=device), T - len(start), None, temperature=1, seed=args.seed)
+    ids, n = tok.encode(read_text(args.text)), T - len(start)
+    if len(ids) < B * n:
+        raise ValueError(f"text {args.text} has {len(ids)} tokens: {B} passages of {n} need {B * n}")
+    starts = [i * len(ids) // B for i in range(B)]
+    return torch.tensor([start + ids[i : i + n] for i in starts], device=device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# quality
+
+
+def forced(decoder: Decoder, idx: torch.Tensor, prefix: int):
+    """Feeds tokens prefix .. T-2 of idx (B, T) one by one. Yields, for each, the log-probabilities of the next (B, vocab) and
+    the attention outputs of the newest row (n_layer, B, dim). The prompt's own are left out: all methods' prefill is dense."""
+    outputs = []
+    decoder.captures = False  # the replay of a CUDA graph calls no hooks
+    hooks = [
+        layer.attention.register_forward_hook(lambda module, args, x: outputs.append(x[:, -1].float()))
+        for layer in decoder.model.layers
+    ]
+    try:
+        decoder.prefill(idx[:, :prefix])
+        for i in range(prefix, idx.shape[1] - 1):
+            outputs.clear()
+            logits = decoder.step(idx[:, i])
+            # Behind the step's own layers, a dense pass of ReSA's may have left more.
+            yield logits.float().log_softmax(dim=-1), torch.stack(outputs[: len(hooks)])
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def fidelity(steps, full: list, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Steps of a method against full attention's: KL (B, L), nats lost on the text's own tokens `targets` (B, L), and the error
+    of each layer's attention output relative to its length (B, n_layer), a mean over steps."""
+    kl, gap, error = [], [], []
+    for (logp, out), (logp_full, out_full), target in zip(steps, full, targets.T, strict=True):
+        kl.append((logp_full.exp() * (logp_full - logp)).sum(dim=-1))  # (B,)
+        gap.append((logp_full - logp).gather(1, target[:, None])[:, 0])  # (B,)
+        error.append((out - out_full).norm(dim=-1) / out_full.norm(dim=-1))  # (n_layer, B)
+    return {"kl": torch.stack(kl, 1).cpu(), "gap": torch.stack(gap, 1).cpu(), "error": torch.stack(error).mean(dim=0).T.cpu()}
+
+
+def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch.Tensor, list[str], int]:
+    """Questions (B, prefix), their answers' texts, and the tokens of the longest. In front of each question, other tasks with
+    their answers fill the prompt up."""
+    rng, rows, answers = random.Random(args.seed), [], []
+    while len(rows) < args.questions:
+        question, answer = TASKS[name](rng, args.entries)
+        ids, before = tok.encode(question), []
+        room = args.prefix - len(ids) - (tok.bos is not None)
+        if room < 0:
+            raise ValueError(
+                f"prefix must be at least {args.prefix - room} for {args.entries} entries of {name}, not {args.prefix}"
+            )
+        while len(before) < room:
+            before = tok.encode("".join(rng.choice(list(TASKS.values()))(rng, min(32, args.entries)))) + before
+        rows.append([tok.bos] * (tok.bos is not None) + before[len(before) - room :] + ids)
+        answers.append(answer)
+    steps = max(len(tok.encode(answer)) for answer in answers)
+    most = model.config.max_seq_len - steps
+    if args.prefix > most:
+        raise ValueError(f"prefix must be at most {most} for answers of {steps} tokens in {name}, not {args.prefix}")
+    return torch.tensor(rows, device=model.norm.weight.device), answers, steps
+
+
+def lines_right(decoder: Decoder, idx: torch.Tensor, answers: list[str], tok: Tokenizer, steps: int) -> torch.Tensor:
+    """Answers idx (B, T) greedily, free-running: which lines are exactly right, at their place (B, lines)."""
+    out = torch.stack(list(decoder.stream(idx, steps, temperature=0)), dim=1).tolist()
+    right = []
+    for ids, answer in zip(out, answers, strict=True):
+        wanted = answer.strip("\n").split("\n")
+        got = tok.decode(ids).split("\n") + [None] * len(wanted)
+        right.append([a == b for a, b in zip(got[: len(wanted)], wanted, strict=True)])
+    return torch.tensor(right).double()
+
+
+def parts(x: torch.Tensor, n: int) -> list[float]:
+    """Means of x (B, L) over n parts of its length, as equal as they can be."""
+    return [part.mean().item() for part in x.double().tensor_split(min(n, x.shape[1]), dim=1)]
+
+
+def against(x: torch.Tensor, quest: torch.Tensor) -> list[float]:
+    """Mean difference to Quest, and its standard error over passages: paired, each passage with itself."""
+    difference = (x - quest).double().mean(dim=1)  # (B,)
+    return [difference.mean().item(), difference.std().item() / math.sqrt(len(difference))]
+
+
+def each_method(what: str, args, retro: RetroConfig, model: Llama, B: int, T: int):
+    """Yields each method's name, a fresh decoder, and the share of KV bytes that it reads at the positions prefix .. T-2."""
+    for name, config in methods(retro, args.windows, neighbours=True).items():
+        progress(f"{what}: {name}")
+        share = kv_share(name, config, model.config.n_layer, range(args.prefix, T - 1))
+        yield name, new_decoder(name, config, model, B, T), share
+
+
+def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> dict:
+    """Teacher-forced: every method reads the same text, and is compared with full attention token by token.
+
+    Full attention's distributions are kept for that: passages * length * vocabulary numbers.
+    """
+    B, T = idx.shape
+    full, seen, shares = [], {}, {}
+    for name, decoder, shares[name] in each_method("text", args, retro, model, B, T):
+        steps = forced(decoder, idx, args.prefix)
+        full = full or list(steps)
+        seen[name] = fidelity(full if name == "full" else steps, full, idx[:, args.prefix + 1 :])
+    rows = {
+        name: {
+            "kv_share": shares[name],
+            "kl": x["kl"].mean().item(),
+            "kl_to_quest": against(x["kl"], seen["Quest"]["kl"]),
+            "gap": x["gap"].mean().item(),
+            "gap_to_quest": against(x["gap"], seen["Quest"]["gap"]),
+            "kl_by_position": parts(x["kl"], args.buckets),
+            "gap_by_position": parts(x["gap"], args.buckets),
+            "attention_error": x["error"].mean(dim=0).tolist(),
+        }
+        for name, x in seen.items()
+    }
+    edges = [0] + [len(part) for part in torch.arange(args.length).tensor_split(min(args.buckets, args.length))]
+    return {"positions": torch.tensor(edges).cumsum(0).tolist(), "rows": rows}
+
+
+def task_quality(task: str, questions: tuple, args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict:
+    """Free-running: every method answers the same questions by itself."""
+    idx, answers, steps = questions
+    seen, shares = {}, {}
+    for name, decoder, shares[name] in each_method(task, args, retro, model, len(idx), args.prefix + steps):
+        seen[name] = lines_right(decoder, idx, answers, tok, steps)
+    return {
+        name: {
+            "kv_share": shares[name],
+            "right": x.mean().item(),
+            "right_to_quest": against(x, seen["Quest"]),
+            "right_by_quarter": parts(x, 4),
+        }
+        for name, x in seen.items()
+    }
+
+
+def table(title: str, head: list[str], rows: list[list[str]]):
+    """Prints columns as wide as they need to be: names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    print(f"\n{title}\n")
+    for row in [head, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+
+
+def signed(pair: list[float], digits: int) -> str:
+    return f"{pair[0]:+.{digits}f} ±{pair[1]:.{digits}f}"
+
+
+def show_text(text: dict, args):
+    rows = text["rows"].items()
+    head = ["method", "KV read", "KL", "to Quest", "nats/token lost", "to Quest"]
+    figures = [
+        [name, f"{r['kv_share']:.1%}", f"{r['kl']:.5f}", signed(r["kl_to_quest"], 5), f"{r['gap']:+.4f}",
+         signed(r["gap_to_quest"], 4)]
+        for name, r in rows
+    ]  # fmt: skip
+    source = args.text or "text sampled from the checkpoint"
+    title = f"{args.passages} passages of {source}: {args.prefix} tokens of prompt, {args.length} decoded, teacher-forced"
+    table(title, head, figures)
+    spans = [f"{a + 1}-{b}" for a, b in zip(text["positions"], text["positions"][1:], strict=False)]
+    layers = [f"layer {i}" for i in range(len(text["rows"]["full"]["attention_error"]))]
+    for title, columns, key, form in (
+        ("KL by position behind the prompt", spans, "kl_by_position", ".5f"),
+        ("Nats a token lost, by position behind the prompt", spans, "gap_by_position", "+.4f"),
+        ("Attention outputs: distance to full attention's, relative to their length", layers, "attention_error", ".3f"),
+    ):
+        table(title, ["method", *columns], [[name, *(format(x, form) for x in r[key])] for name, r in rows])
+
+
+def show_task(task: str, rows: dict, args):
+    figures = [
+        [name, f"{r['kv_share']:.1%}", f"{r['right']:.1%}", signed([100 * x for x in r["right_to_quest"]], 1),
+         *(f"{x:.0%}" for x in r["right_by_quarter"])]
+        for name, r in rows.items()
+    ]  # fmt: skip
+    title = f"{task}: {args.questions} questions of {args.entries} entries, answers free-running, lines exactly right"
+    quarters = [f"quarter {i + 1}" for i in range(len(rows["full"]["right_by_quarter"]))]
+    table(title, ["method", "KV read", "right", "to Quest (points)", *quarters], figures)
+
+
+# A few minutes on two CPU cores, in place of the defaults; what is given on the command line goes before.
+QUICK = {"passages": 8, "prefix": 1024, "length": 96, "questions": 8, "entries": 12}
+
+
+def quality(args) -> dict:
+    at_least(args, passages=2, prefix=1, length=1, questions=0, entries=1, buckets=1)
+    if args.questions == 1 or args.entries > len(NAMES):
+        raise ValueError(f"questions must not be 1 and entries at most {len(NAMES)}, not {args.questions} and {args.entries}")
+    retro, model, tok = setup(args)
+    questions = {task: task_questions(task, args, model, tok) for task in TASKS} if args.questions else {}
+    results = {"text": text_quality(passages(args, model, tok), args, retro, model), "tasks": {}}
+    show_text(results["text"], args)
+    for task in questions:
+        results["tasks"][task] = task_quality(task, questions[task], args, retro, model, tok)
+        show_task(task, results["tasks"][task], args)
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# exposure
+
+
+class PageRanks(Neighbour):
+    """Attends to everything, and notes at each step in which order Quest would have taken the pages."""
+
+    def prefill(self, q, k, v):
+        super().prefill(q, k, v)
+        self.ranks = []
+
+    def decode(self, q, k, v, cos, sin, t):
+        q = write(q, k, v, cos, sin, self.cache, t)
+        scores = score(q, self.cache, t)
+        scores[..., -1] = torch.inf  # the newest page is always loaded
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        self.ranks.append(order.argsort(dim=-1))  # (B, n_kv_head, pages held): 0 is the page taken first
+        return combine(*attend(q, self.cache, None, None, t), self.cache, t)
+
+
+def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> list[float]:
+    """Of the pages that a step takes, the shares that the step `distance` before had in its top-k and in its next k.
+
+    ranks: of each step (B, n_kv_head, pages held); selected: its k. A page begun since then is in neither.
+    """
+    shares = []
+    for i in range(distance, len(ranks)):
+        now, past, k = ranks[i] < selected[i], ranks[i - distance], selected[i - distance]
+        past = pad(past, (0, now.shape[2] - past.shape[2]), value=2 * k)
+        shares.append(torch.stack([(now & (past < k)).sum(), (now & (past >= k) & (past < 2 * k)).sum()]) / now.sum())
+    return torch.stack(shares).mean(dim=0).tolist()
+
+
+def page_overlaps(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> dict[int, list[float]]:
+    """Distance -> overlap with the past query's top-k and next-k, a mean over the sparse layers (paper, figure 2b)."""
+    progress("pages wanted with full attention")
+    decoder = Decoder(model, len(idx), replace(retro, impl="torch"), idx.shape[1])
+    layers = [PageRanks(layer.cache) for layer in decoder.layers[retro.dense_layers :]]
+    decoder.layers[retro.dense_layers :] = layers
+    deque(forced(decoder, idx, args.prefix), maxlen=0)
+    selected = [retro.pages_selected(t) for t in range(args.prefix, idx.shape[1] - 1)]
+    return {
+        d: torch.tensor([overlap(layer.ranks, selected, d) for layer in layers]).mean(dim=0).tolist()
+        for d in range(1, args.distance + 1)
+    }
+
+
+def effective_budget(retro: RetroConfig, args, model: Llama, idx: torch.Tensor) -> float:
+    """Pages that a query is exposed to in the end, in a unit of those selected for it (paper, figure 2c)."""
+    progress(f"exposure: W={retro.window}")
+    decoder = Decoder(model, len(idx), retro, idx.shape[1])
+    deque(forced(decoder, idx, args.prefix), maxlen=0)
+    counts = sum(layer.cache.exposure.sum((0, 1)) for layer in decoder.layers if not layer.dense)
+    loaded, first_seen = counts.tolist()
+    return 1 + first_seen / loaded
+
+
+def exposure(args) -> dict:
+    at_least(args, passages=1, prefix=1, length=2, distance=1)
+    if args.distance >= args.length:
+        raise ValueError(f"distance must be between 1 and length - 1 = {args.length - 1}, not {args.distance}")
+    retro, model, tok = setup(args)
+    if retro.dense_layers == model.config.n_layer:
+        raise ValueError(f"dense_layers must be at most {model.config.n_layer - 1}, not {retro.dense_layers}: no layer selects")
+    idx = passages(args, model, tok)
+    overlaps = page_overlaps(args, retro, model, idx)
+    windows = sorted({1, *args.windows})
+    budgets = {w: effective_budget(replace(retro, window=w), args, model, idx) for w in windows}
+    rows = [[str(d), f"{top:.1%}", f"{beyond:.1%}", f"{top + beyond:.1%}"] for d, (top, beyond) in overlaps.items()]
+    title = "Pages wanted now that a past query had in its top-k or next-k (full attention)"
+    table(title, ["steps back", "top-k", "next-k", "both"], rows)
+    rows = [[str(w), f"{x:.3f}x"] for w, x in budgets.items()]
+    table("Pages a query meets in the end, in units of those selected for it", ["W", "exposure"], rows)
+    return {"overlap": overlaps, "effective_budget": budgets}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# longgen
+
+INSTRUCTION = (
+    "Answer all of the questions below, one after the other and step by step, in the form of the examples: begin each answer "
+    "with Answer_ and the number of its question, and end it with 'The answer is' and a number. Do not repeat the questions."
+)
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+
+
+def to_number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def read_questions(path: str, needed: int) -> list[dict]:
+    """Questions, worked answers and results out of GSM8K's JSONL, where an answer ends in `#### number`."""
+    pairs = []
+    for i, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
+        try:
+            pair = json.loads(line)
+            # GSM8K marks what a calculator should do: <<48/2=24>>.
+            work, result = re.sub(r"<<.*?>>", "", pair["answer"]).split("####")
+            pairs.append({"question": pair["question"].strip(), "work": work.strip(), "result": to_number(result)})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}: line {i} is not a question and an answer that ends in '#### number'") from None
+    if len(pairs) < needed:
+        raise ValueError(f"{path} has {len(pairs)} questions: examples + prompts * the largest n need {needed}")
+    return pairs
+
+
+def longgen_prompt(examples: list[dict], questions: list[dict]) -> str:
+    """Worked examples in the form that the answer shall have, then the questions; all answers are to follow in one text."""
+    asked = lambda pairs: [f"Question_{i}: {p['question']}" for i, p in enumerate(pairs, 1)]  # noqa: E731
+    worked = [f"Answer_{i}: {p['work']} The answer is {p['result']:.12g}." for i, p in enumerate(examples, 1)]
+    return "\n\n".join([INSTRUCTION, "Examples", *asked(examples), *worked, "Questions", *asked(questions), "Answers\n"])
+
+
+def read_answers(text: str) -> dict[int, float]:
+    """Number of the question -> result, wherever in the text the answer stands.
+
+    The result is the number behind 'The answer is', else the last one before the next answer begins. Of several answers with
+    the same number the first that holds a result counts: what follows may be another question of the model's own making.
+    """
+    found = {}
+    pieces = re.split(r"Answer_(\d+)", text)
+    for i, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+        stated = re.search(rf"[Tt]he answer is[^\d\n]*?({NUMBER})", piece)
+        numbers = [stated[1]] if stated else re.findall(NUMBER, piece)
+        if numbers:
+            found.setdefault(int(i), to_number(numbers[-1]))
+    return found
+
+
+def finished_runs(out: Path) -> list[dict]:
+    """The records in the file. A last line without its end was cut off by an interruption: it is dropped from the file."""
+    if not out.exists():
+        return []
+    text = read_text(out)
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        if not all(record["run"] and "right" in record for record in records):
+            raise KeyError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"out {out}: exists, and is not a file of this command's results") from None
+    if whole != text:
+        os.truncate(out, len(whole.encode()))
+    return records
+
+
+def longgen_jobs(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
+    """Yields what decides a result (and so tells it apart in the file), the configuration, the prompt's ids, the questions."""
+    pairs = read_questions(args.questions, args.examples + args.prompts * max(args.n))
+    settings = {"checkpoint": str(args.checkpoint), "questions": args.questions, "dtype": str(model.norm.weight.dtype)}
+    settings |= {name: getattr(args, name) for name in ("examples", "answer_tokens", "chat")}
+    for n, i in itertools.product(args.n, range(args.prompts)):
+        questions = pairs[args.examples + i * n : args.examples + (i + 1) * n]
+        prompt = longgen_prompt(pairs[: args.examples], questions)
+        ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
+        length = len(ids) + args.answer_tokens * n
+        if length > model.config.max_seq_len:
+            raise ValueError(
+                f"n = {n}: a prompt of {len(ids)} tokens and {args.answer_tokens} answer_tokens for each question "
+                f"make {length}, the context is {model.config.max_seq_len}"
+            )
+        for name, config in methods(retro, args.windows).items():
+            run = settings | {"n": n, "prompt": i, "method": name, "retro": asdict(config) if config else None}
+            yield run, config, ids, questions
+
+
+def answer_prompt(name, config, max_new_tokens: int, model, tok, ids: list[int], questions: list[dict]) -> dict:
+    """One generation, greedy, until the model stops or has made `max_new_tokens`; and what of it is right."""
+    prompt = torch.tensor([ids], device=model.norm.weight.device)  # (1, T)
+    decoder = new_decoder(name, config, model, 1, len(ids) + max_new_tokens)
+    new = torch.cat(list(decoder.stream(prompt, max_new_tokens, temperature=0, stop_tokens=tok.stop_tokens))).tolist()
+    text = tok.decode([token for token in new if token not in tok.stop_tokens])
+    found = read_answers(text)
+    return {
+        "right": [found.get(i) == pair["result"] for i, pair in enumerate(questions, 1)],
+        "answered": [i in found for i in range(1, len(questions) + 1)],
+        "tokens": len(new),
+        # The first token comes out of the prefill.
+        "kv_share": kv_share(name, config, model.config.n_layer, range(len(ids), len(ids) + len(new) - 1)),
+        "text": text,
+    }
+
+
+def longgen_records(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
+    """Yields a record for each prompt and method: from the file, or made now and put into the file at once."""
+    out = Path(args.out)
+    finished = finished_runs(out)
+    jobs = list(longgen_jobs(args, retro, model, tok))
+    with open(out, "a", encoding="utf-8") as file:
+        for run, config, ids, questions in jobs:
+            record = next((record for record in finished if record["run"] == run), None)
+            if record is None:
+                progress(f"n={run['n']}, prompt {run['prompt'] + 1} of {args.prompts}: {run['method']}")
+                new_tokens = args.answer_tokens * run["n"]
+                record = {"run": run} | answer_prompt(run["method"], config, new_tokens, model, tok, ids, questions)
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+            yield record
+
+
+def longgen(args) -> dict:
+    at_least(args, prompts=1, examples=1, answer_tokens=1)
+    args.n = sorted(set(args.n))
+    if args.n[0] < 1:
+        raise ValueError(f"n must be >= 1, not {args.n[0]}")
+    groups = {}
+    for record in longgen_records(args, *setup(args)):
+        groups.setdefault((record["run"]["n"], record["run"]["method"]), []).append(record)
+    results = [
+        {"n": n, "method": method}
+        | {x: np.mean([r[x] for r in group]).item() for x in ("right", "answered", "tokens", "kv_share")}
+        for (n, method), group in groups.items()
+    ]
+    rows = [
+        [f"n={r['n']} {r['method']}", f"{r['kv_share']:.1%}", f"{r['right']:.1%}", f"{r['answered']:.1%}", f"{r['tokens']:.0f}"]
+        for r in results
+    ]
+    title = f"{args.prompts} prompts of n questions each; an unanswered question counts as wrong"
+    table(title, ["", "KV read", "right", "answered", "tokens"], rows)
+    return {"rows": results}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clocks, contents, bytes: what kernels and decode share
+
+SHAPES = {  # of Llama 3.1 8B, Llama 3.2 1B, and the checkpoint in tiny/
+    "8b": LlamaConfig(4096, 32, 32, 8, 128_256, 14_336, 131_072, rope_scaling=8.0),
+    "1b": LlamaConfig(2048, 16, 32, 8, 128_256, 8_192, 131_072, rope_scaling=32.0, tie_embeddings=True),
+    "tiny": LlamaConfig(384, 10, 6, 2, 4096, 896, 4096, rope_theta=50_000.0, tie_embeddings=True),
+}
+
+
+def times(run: Callable, n: int) -> list[float]:
+    """Milliseconds of each of n calls: by events on a GPU, by the clock elsewhere."""
     if not torch.cuda.is_available():
-        marks = [time.perf_counter()]
-        for _ in range(n):
-            run()
-            marks.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+        return [1e3 * timeit.timeit(run, number=1) for _ in range(n)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
     marks[0].record()
     for mark in marks[1:]:
         run()
         mark.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
-def replay_us(run, n: int = 20) -> float:
-    """Median microseconds of a replay of `run()`."""
-    graph = captured(run)
-    times(graph.replay, 3)
-    return 1e3 * statistics.median(times(graph.replay, n))
+def microseconds(run: Callable) -> float:
+    """Median of 20 calls; on a GPU, of 20 replays of a CUDA graph, so that launches cost next to nothing."""
+    run()  # compiles
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    times(run, 3)
+    return 1e3 * statistics.median(times(run, 20))
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second of a device-to-device copy, read and written: what memory gives."""
-    a = torch.randn(2**30, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / (replay_us(lambda: b.copy_(a)) * 1e-6)
+def memory_rate(device: str) -> dict[str, float]:
+    """Bytes a second of a copy (read and written) and of two plain reads. Not as a graph, in which a copy is slower."""
+    x = torch.ones(2**30 if device == "cuda" else 2**26, device=device)
+    y = torch.empty_like(x)
+    rates = {}
+    for name, run, nbytes in (("copy", lambda: y.copy_(x), 2 * x.nbytes), ("amax", x.amax, x.nbytes), ("sum", x.sum, x.nbytes)):
+        times(run, 3)
+        rates[name] = nbytes / statistics.median(times(run, 10)) * 1e3
+    return rates
 
 
-def fill(cache: LayerCache, t: int) -> None:
-    """Random contents, as a decode step to position t finds them: some pages seen by the window's rows, some not."""
-    for x in (cache.k, cache.v):
-        x.normal_()
+def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
+    """Shape, dtype and memory rates; the first line of the output says them."""
+    gpu = args.device == "cuda"
+    if args.shape != "tiny" and not gpu:
+        raise ValueError(f"shape must be tiny on a machine without a GPU, not {args.shape}")
+    for context, B in args.settings:
+        if context < 256 or B < 1:
+            raise ValueError(f"settings must have a context >= 256 and a batch >= 1, not {context}x{B}")
+    shape = replace(SHAPES[args.shape], max_seq_len=max(context for context, _ in args.settings))
+    for w in args.windows:
+        RetroConfig(window=w)  # refuses a window before anything is measured
+    rates = memory_rate(args.device)
+    where = torch.cuda.get_device_name() if gpu else "No GPU: on the CPU, with the PyTorch reference"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    print(f"{where}; shape {args.shape}, {dtype}; memory, GB/s:", *(f"{name} {x / 1e9:.0f}" for name, x in rates.items()))
+    return shape, dtype, rates
+
+
+def fits(needed: float, what: str) -> bool:
+    """Whether that many bytes are free. A line says so if not."""
+    if not torch.cuda.is_available():
+        return True
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if needed > free:
+        print(f"{what}: skipped, it needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
+    return needed <= free
+
+
+def fill(cache: LayerCache, t: int):
+    """Random contents, as a step to position t finds them: some pages were seen by the window's past rows, some not."""
+    cache.k.normal_()
+    cache.v.normal_()
     if cache.k_min is not None:
         torch.amin(cache.k, dim=3, out=cache.k_min)
         torch.amax(cache.k, dim=3, out=cache.k_max)
@@ -86,166 +790,467 @@ def fill(cache: LayerCache, t: int) -> None:
         cache.lse.normal_()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# bench.py kernels
+def layer_bytes(config: RetroConfig, shape: LlamaConfig, B: int, context: int, size: int) -> dict[str, int]:
+    """Bytes that each kernel of a layer must move, `size` a number of the model's; splits and padding are not in it.
 
-
-def kernel_times(config: RetroConfig, model: LlamaConfig, B: int, context: int, dtype=torch.bfloat16) -> dict[str, float]:
-    """Microseconds a layer of each stage, of the four after `write` together, and of dense attention two ways.
-
-    A graph runs through several layers with caches of their own, more than the L2 cache holds.
+    The floor of the four behind `write` is what no implementation gets around: the bounds of the pages held, and K and V of
+    the pages selected.
     """
-    import kernels as ops
+    W, ps, hs, heads, t = config.window, config.page_size, shape.head_size, B * shape.n_kv_head, context - 1
+    held, selected, touched = t // ps + 1, config.pages_selected(t), t // ps - (t - W + 1) // ps + 1
+    rows, vector = B * W * shape.n_head, heads * hs * size  # a token's keys
+    score, attend = 2 * held * vector, 2 * selected * ps * vector
+    return {
+        "write": 2 * (rows * hs * size + 2 * W * vector) + touched * (ps + 2) * vector,
+        "score": score,
+        "select": heads * 4 * (held + 4 * selected),  # scores; a page's number, its stamp there and back
+        "attend": attend,
+        "combine": rows * (3 * (hs + 1) * 4 + hs * size),  # the part, the output cache there and back
+        "four": score + attend,
+        "dense": 2 * context * vector,
+    }
 
-    W, n_head, n_kv_head, hs = config.window, model.n_head, model.n_kv_head, model.head_size
-    t = torch.tensor(context - 1, device="cuda")
-    layer_bytes = 2 * B * context * n_kv_head * hs * dtype.itemsize
-    n = max(2, min(16, round(8e9 / layer_bytes)))
-    shape = (B, n_head, n_kv_head, hs, context, "cuda", dtype)
-    caches = [retro_attention.new_cache(config, False, *shape) for _ in range(n)]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# kernels
+
+KERNELS = ("write", "score", "select", "attend", "combine")
+DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "ours": None}
+HEADLINE = (32_768, 2048)  # Quest's: context, tokens selected
+
+
+def stages(config: RetroConfig, shape: LlamaConfig, B: int, context: int, n: int, device: str, dtype) -> dict[str, Callable]:
+    """Name -> what of layer i to run. Each of the n layers has a cache of its own."""
+    W, n_head, n_kv_head, hs = config.window, shape.n_head, shape.n_kv_head, shape.head_size
+    ops = retro_attention.implementation(config.impl, torch.device(device), dtype, hs, W * n_head // n_kv_head)
+    t = torch.tensor(context - 1, device=device)
+    caches = [retro_attention.new_cache(config, False, B, n_head, n_kv_head, hs, context, device, dtype) for _ in range(n)]
     for cache in caches:
         fill(cache, context - 1)
-    cos = sin = torch.rand(context, hs // 2, device="cuda")
-    q, k, v = (torch.randn(n, B, W, h, hs, device="cuda", dtype=dtype) for h in (n_head, n_kv_head, n_kv_head))
-    scores = [ops.score(q[i], c, t) for i, c in enumerate(caches)]
-    lists = [ops.select(s, c, t) for s, c in zip(scores, caches, strict=True)]
-    parts = [ops.attend(q[i], c, *lists[i], t) for i, c in enumerate(caches)]
-
+    angles = torch.rand(context, hs // 2, device=device)
+    q, k, v = (torch.randn(n, B, W, heads, hs, device=device, dtype=dtype) for heads in (n_head, n_kv_head, n_kv_head))
+    scores = [ops.score(*layer, t) for layer in zip(q, caches, strict=True)]
+    lists = [ops.select(*layer, t) for layer in zip(scores, caches, strict=True)]
+    parts = [ops.attend(q[i], caches[i], *lists[i], t) for i in range(n)]
     # Dense attention has one row and no output cache.
-    alone = [replace(c, config=replace(config, window=1), out=None) for c in caches]
-    newest = q[:, :, -1:].contiguous()
+    newest = q[:, :, -1:].contiguous()  # (n, B, 1, n_head, hs)
+    alone = [replace(cache, config=replace(config, window=1), out=None, lse=None) for cache in caches]
 
-    def four(i, c):
-        ops.combine(*ops.attend(q[i], c, *ops.select(ops.score(q[i], c, t), c, t), t), c, t)
+    def four(i: int):
+        ops.combine(*ops.attend(q[i], caches[i], *ops.select(ops.score(q[i], caches[i], t), caches[i], t), t), caches[i], t)
 
-    stages = {
-        "write": lambda i, c: ops.write(q[i], k[i], v[i], cos, sin, c, t),
-        "score": lambda i, c: ops.score(q[i], c, t),
-        "select": lambda i, c: ops.select(scores[i], c, t),
-        "attend": lambda i, c: ops.attend(q[i], c, *lists[i], t),
-        "combine": lambda i, c: ops.combine(*parts[i], c, t),
+    def sdpa(i: int, backend: SDPBackend):
+        key, value = (x.flatten(2, 3)[:, :, :context] for x in (caches[i].k, caches[i].v))
+        with sdpa_kernel(backend):
+            scaled_dot_product_attention(newest[i].transpose(1, 2), key, value, enable_gqa=True)
+
+    return {
+        "write": lambda i: ops.write(q[i], k[i], v[i], angles, angles, caches[i], t),
+        "score": lambda i: ops.score(q[i], caches[i], t),
+        "select": lambda i: ops.select(scores[i], caches[i], t),
+        "attend": lambda i: ops.attend(q[i], caches[i], *lists[i], t),
+        "combine": lambda i: ops.combine(*parts[i], caches[i], t),
         "four": four,
-        "dense": lambda i, c: ops.combine(*ops.attend(newest[i], alone[i], None, None, t), alone[i], t),
-    }
-    result = {}
-    for name, stage in stages.items():
-        result[name] = replay_us(lambda stage=stage: [stage(i, c) for i, c in enumerate(caches)]) / n
-    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        "ours": lambda i: ops.combine(*ops.attend(newest[i], alone[i], None, None, t), alone[i], t),
+    } | {name: partial(sdpa, backend=backend) for name, backend in DENSE.items() if backend}
 
-        def sdpa(backend=backend):
-            with sdpa_kernel(backend):
-                for i, c in enumerate(caches):
-                    F.scaled_dot_product_attention(
-                        newest[i].transpose(1, 2), c.k.flatten(2, 3), c.v.flatten(2, 3), enable_gqa=True
-                    )
+
+def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device: str, dtype, rate: float) -> dict:
+    """Microseconds a layer, bytes, and the share of its byte floor that each kernel reaches."""
+    us = {}
+    for name, stage in stages(config, shape, B, context, n, device, dtype).items():
+
+        def layers(stage=stage):
+            for i in range(n):
+                stage(i)
 
         try:
-            result[name] = replay_us(sdpa) / n
-        except RuntimeError as error:
-            print(name, str(error)[:200], file=sys.stderr)
-    return result
+            us[name] = microseconds(layers) / n
+        except RuntimeError as error:  # SDPA names backends that cannot do it
+            if name not in DENSE:
+                raise
+            progress(f"{name}: {str(error).splitlines()[0]}")
+    nbytes = layer_bytes(config, shape, B, context, dtype.itemsize)
+    share = {name: nbytes["dense" if name in DENSE else name] / rate * 1e6 / x for name, x in us.items()}
+    best = min(us[name] for name in DENSE if name in us)
+    return {"context": context, "batch": B, "window": config.window, "budget": config.budget, "layers": n,
+            "us": us, "bytes": nbytes, "share": share, "best_dense_to_four": best / us["four"],
+            "our_dense_to_four": us["ours"] / us["four"]}  # fmt: skip
 
 
-def floor_bytes(config: RetroConfig, model: LlamaConfig, B: int, context: int, size: int = 2) -> dict[str, int]:
-    """Bytes a layer that no implementation gets around: the bounds of all pages, the selected pages' K and V; all K and V."""
-    vector = B * model.n_kv_head * model.head_size * size
-    held, ps = -(-context // config.page_size), config.page_size
-    selected = config.pages_selected(context - 1)
-    return {"score": 2 * held * vector, "attend": 2 * selected * ps * vector, "dense": 2 * context * vector}
+def short(x: float | None) -> str:
+    return "-" if x is None else f"{x:.1f}" if x < 100 else f"{x:.0f}"
 
 
-def bench_kernels(args) -> dict:
-    peak = copy_bandwidth()
-    print(f"copy {peak / 1e12:.2f} TB/s")
+def show_kernels(rows: list[dict]):
+    figures = []
+    for r in rows:
+        us = {name: short(r["us"].get(name)) for name in (*KERNELS, "four", *DENSE)}
+        us |= {name: f"{us[name]} {r['share'][name]:.0%}" for name in ("score", "attend", "four", "ours")}
+        ratios = [f"{r[name]:.2f}x" for name in ("best_dense_to_four", "our_dense_to_four")]
+        label = f"{r['context']}x{r['batch']} {r['budget']:.4g} W={r['window']}"
+        figures.append([label, *us.values(), short(r["bytes"]["four"] / 1e6), *ratios])
+    head = ["context x batch, budget", *KERNELS, "four", *DENSE, "MB", "best/four", "ours/four"]
+    title = """Microseconds a layer, and % of what the bytes allow; four: score to combine, with their MB. Dense attention:
+SDPA with flash and cuDNN, and our attend over all pages; the best of these, and ours, in units of four."""
+    table(title, head, figures)
+
+
+@torch.inference_mode()
+def kernels(args) -> dict:
+    shape, dtype, rates = begin(args)
+    L2 = torch.cuda.get_device_properties(0).L2_cache_size if args.device == "cuda" else 0
     rows = []
-    for context, B, budget in [
-        (32768, 1, 0.15),
-        (131072, 1, 0.15),
-        (32768, 8, 0.15),
-        (65536, 8, 0.15),
-        (32768, 1, 0.0625),
-        (32768, 8, 0.0625),
-    ]:
-        for W in args.windows:
-            config = RetroConfig(window=W, budget=budget)
-            us = kernel_times(config, SHAPES[args.shape], B, context)
-            floors = {k: v / peak * 1e6 for k, v in floor_bytes(config, SHAPES[args.shape], B, context).items()}
-            floor = floors["score"] + floors["attend"]
-            rows.append({"context": context, "batch": B, "budget": budget, "window": W, "us": us, "floor": floors})
-            print(
-                f"{context // 1024}k B{B} b{budget} W{W}: "
-                + " ".join(f"{k} {v:.1f}" for k, v in us.items())
-                + f" | floor4 {floor:.1f} share {floor / us['four']:.2f} dense share {floors['dense'] / us['dense']:.2f}",
-                flush=True,
-            )
-    return {"rows": rows}
+    for context, B in args.settings:
+        configs = [RetroConfig(window=w) for w in args.windows]
+        if context == HEADLINE[0]:
+            configs.append(RetroConfig(window=1, budget=HEADLINE[1] / context))
+        nbytes = layer_bytes(configs[0], shape, B, context, dtype.itemsize)
+        n = max(2, -(-3 * L2 // nbytes["score"]))  # even the bounds of all layers do not stay in the L2 cache
+        if fits(1.1 * n * (nbytes["dense"] + nbytes["score"]) + 1e9, f"{context}x{B}"):
+            for config in configs:
+                progress(f"kernels: {context}x{B}, W={config.window}, budget {config.budget}")
+                rows.append(kernel_row(config, shape, B, context, n, args.device, dtype, max(rates.values())))
+    show_kernels(rows)
+    return {"memory_rate": rates, "rows": rows}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# bench.py decode
+# decode
 
 
-def random_model(config: LlamaConfig) -> Llama:
+def random_model(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
     with torch.device("meta"):
         model = Llama(config)
-    model = model.to(torch.bfloat16).to_empty(device="cuda").eval().requires_grad_(False)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for p in model.parameters():
-        p.normal_(std=0.02) if p.ndim == 2 else p.fill_(1.0)
+        p.normal_(std=0.02) if p.ndim == 2 else p.fill_(1)
     model.set_rope()
     return model
 
 
-def bench_decode(args) -> dict:
-    model = random_model(SHAPES[args.shape])
-    c = model.config
-    weights = sum(p.nbytes for p in model.parameters()) - (0 if c.tie_embeddings else model.tok_embeddings.weight.nbytes)
-    peak = copy_bandwidth()
-    methods = {"full": None} | {f"W{W}": RetroConfig(window=W, dense_layers=args.dense_layers) for W in (1, 2, 4, 8)}
-    rows = []
-    for context, B in args.settings:
-        ms = {name: [] for name in methods}
+def step_bytes(model: Llama, retro: RetroConfig | None, B: int, context: int) -> int:
+    """Bytes that no implementation of a step gets around: the weights, and a layer's own as in `layer_bytes`."""
+    config, table = model.config, model.tok_embeddings.weight
+    layer = layer_bytes(retro or RetroConfig(), config, B, context, table.itemsize)
+    dense = config.n_layer if retro is None else retro.dense_layers
+    weights = sum(p.nbytes for p in model.parameters()) - (0 if config.tie_embeddings else table.nbytes)
+    return weights + dense * layer["dense"] + (config.n_layer - dense) * layer["four"]
+
+
+def cache_bytes(decoder: Decoder) -> dict[str, int]:
+    fields = {"kv": ("k", "v"), "bounds": ("k_min", "k_max"), "outputs": ("out", "lse"), "stamps": ("last_loaded",)}
+    held = {name: [getattr(layer.cache, x) for layer in decoder.layers for x in xs] for name, xs in fields.items()}
+    return {name: sum(x.nbytes for x in tensors if x is not None) for name, tensors in held.items()}
+
+
+def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) -> tuple[list[float], dict]:
+    """Milliseconds of the steps to the last 30 positions of the context, and what is in memory."""
+    gpu, first = torch.cuda.is_available(), context - 36
+    if gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(args.rounds):
-            for name, retro in methods.items():
-                decoder = Decoder(model, B, retro, max_seq_len=context)
-                for layer in decoder.layers:
-                    fill(layer.cache, context - 64)
-                decoder.t.fill_(context - 64)
-                decoder.position = context - 64
-                token = torch.randint(c.vocab_size, (B,), device="cuda")
-                times(lambda: decoder.step(token), 5)
-                ms[name] += times(lambda: decoder.step(token), 30)
-                del decoder
-        med = {name: statistics.median(x) for name, x in ms.items()}
-        floors = {}
-        for name, retro in methods.items():
-            f = floor_bytes(retro or RetroConfig(), c, B, context)
-            dense = c.n_layer if retro is None else args.dense_layers
-            floors[name] = (weights + dense * f["dense"] + (c.n_layer - dense) * (f["score"] + f["attend"])) / peak * 1e3
-        for name in methods:
-            print(
-                f"{context // 1024}k B{B} {name}: {med[name]:.3f} ms floor {floors[name]:.2f} share {floors[name] / med[name]:.2f} "
-                f"vs full {med['full'] / med[name]:.2f} vs quest {med[name] / med['W1']:.3f} "
-                f"iqr {statistics.quantiles(ms[name], n=4)[0]:.3f}-{statistics.quantiles(ms[name], n=4)[2]:.3f}",
-                flush=True,
-            )
-        print(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB", flush=True)
-        rows.append({"context": context, "batch": B, "ms": med, "floor_ms": floors})
-    return {"rows": rows}
+    decoder = Decoder(model, B, retro, context)
+    for layer in decoder.layers:
+        fill(layer.cache, first)
+    decoder.t.fill_(first)
+    decoder.position = first
+    token = torch.randint(model.config.vocab_size, (B,), device=decoder.t.device)
+    times(lambda: decoder.step(token), 5)  # the first compiles, the second captures the graph
+    ms = times(lambda: decoder.step(token), 30)
+    memory = {"weights": sum(p.nbytes for p in model.parameters())} | cache_bytes(decoder)
+    return ms, memory | {"peak": torch.cuda.max_memory_allocated() if gpu else None}
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=["kernels", "decode"])
-    parser.add_argument("--shape", default="8b")
-    parser.add_argument("--windows", type=int, nargs="+", default=[1, 2, 8])
-    parser.add_argument("--dense_layers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--settings", type=json.loads, default=[[32768, 1], [131072, 1], [32768, 8], [65536, 8]])
-    args = parser.parse_args()
-    with torch.inference_mode():
-        print(json.dumps({"kernels": bench_kernels, "decode": bench_decode}[args.command](args)))
+def step_rows(model: Llama, args, context: int, B: int, rate: float) -> list[dict]:
+    configs = methods(RetroConfig(dense_layers=args.dense_layers), args.windows)
+    ms, memory = {name: [] for name in configs}, {}
+    for i in range(args.rounds):
+        progress(f"decode: {context}x{B}, round {i + 1} of {args.rounds}")
+        for name, retro in configs.items():
+            new, memory[name] = step_times(model, B, retro, context)
+            ms[name] += new
+    median = {name: statistics.median(x) for name, x in ms.items()}
+    rows = []
+    for name, retro in configs.items():
+        nbytes, seconds = step_bytes(model, retro, B, context - 15), median[name] / 1e3  # 15: the middle of the 30
+        rows.append({"context": context, "batch": B, "method": name, "ms": median[name], "tokens_per_s": B / seconds,
+                     "ms_quartiles": statistics.quantiles(ms[name], n=4)[::2], "bytes": nbytes, "bytes_per_s": nbytes / seconds,
+                     "share": nbytes / rate / seconds, "speedup_to_full": median["full"] / median[name],
+                     "time_to_quest": median[name] / median["Quest"], "memory": memory[name]})  # fmt: skip
+    return rows
+
+
+def show_steps(rows: list[dict]):
+    memory = ["weights", "kv", "bounds", "outputs", "stamps", "peak"]
+    figures = [
+        [f"{r['context']}x{r['batch']} {r['method']}", f"{r['ms']:.3f}", short(r["tokens_per_s"]),
+         short(r["bytes_per_s"] / 1e9), f"{r['share']:.0%}", f"{r['speedup_to_full']:.2f}x", f"{r['time_to_quest']:.3f}",
+         *(short(r["memory"][x] and r["memory"][x] / 1e6) for x in memory)]
+        for r in rows
+    ]  # fmt: skip
+    head = ["context x batch", "ms", "tokens/s", "GB/s", "floor", "to full", "to Quest", *memory]
+    table("A step of the batch; floor: share of what the bytes allow; memory in MB (outputs: the output cache)", head, figures)
+
+
+@torch.inference_mode()
+def decode(args) -> dict:
+    at_least(args, rounds=1, long=0, dense_layers=0)
+    if args.dense_layers > SHAPES[args.shape].n_layer:
+        raise ValueError(f"dense_layers must be between 0 and {SHAPES[args.shape].n_layer}, not {args.dense_layers}")
+    if args.long:
+        return long_run(args)
+    shape, dtype, rates = begin(args)
+    model, rows = random_model(shape, args.device, dtype), []
+    for context, B in args.settings:
+        nbytes = layer_bytes(RetroConfig(), shape, B, context, dtype.itemsize)
+        if fits(1.02 * shape.n_layer * (nbytes["dense"] + nbytes["score"]) + 1e9, f"{context}x{B}"):
+            rows += step_rows(model, args, context, B, max(rates.values()))
+    show_steps(rows)
+    return {"memory_rate": rates, "rows": rows}
+
+
+def greedy(decoder: Decoder, logits: torch.Tensor, n: int) -> torch.Tensor:
+    for _ in range(n):
+        logits = decoder.step(logits.argmax(dim=-1))
+    return logits
+
+
+def long_run(args) -> dict:
+    """One generation of many tokens: does a step take longer than its bytes explain, does memory grow, do NaN appear?"""
+    n, gpu, prompt_len = args.long, args.device == "cuda", 1000
+    if n < 100:
+        raise ValueError(f"long must be >= 100, not {n}")
+    args.shape, args.settings = "tiny", [(n + prompt_len, 1)]
+    shape, dtype, rates = begin(args)
+    model, retro = random_model(shape, args.device, dtype), RetroConfig(window=8, dense_layers=args.dense_layers)
+    prompt = torch.randint(shape.vocab_size, (1, prompt_len), device=args.device)
+    decoder, eager, rows = Decoder(model, 1, retro), Decoder(model, 1, retro), []
+    eager.captures = False
+    greedy(eager, eager.prefill(prompt), min(n, 300))
+    allocated = torch.cuda.memory_allocated if gpu else lambda: None
+    logits = greedy(decoder, decoder.prefill(prompt), 3)  # captures the graph, off the clock
+    for first, last in itertools.pairwise((3, n // 4, n // 2, 3 * n // 4, n)):
+        before, start = allocated(), time.perf_counter()
+        logits = greedy(decoder, logits, last - first)
+        finite = logits.isfinite().all().item()  # waits for the device
+        ms = 1e3 * (time.perf_counter() - start) / (last - first)
+        nbytes = step_bytes(model, retro, 1, prompt_len + (first + last) // 2)
+        rows.append({"tokens": [first + 1, last], "ms": ms, "bytes": nbytes, "floor_ms": nbytes / max(rates.values()) * 1e3,
+                     "finite": finite, "allocated": [before, allocated()]})  # fmt: skip
+        progress(f"long: {last} of {n} tokens")
+    compared = slice(prompt_len, prompt_len + min(n, 300))
+    same = torch.equal(decoder.tokens[:, compared], eager.tokens[:, compared]) if gpu else None
+    figures = [
+        ["{}-{}".format(*r["tokens"]), *(f"{r[x]:.3f}" for x in ("ms", "floor_ms")), str(r["finite"]),
+         *("-" if x is None else f"{x / 1e6:.3f}" for x in r["allocated"])]
+        for r in rows
+    ]  # fmt: skip
+    title = (
+        f"One generation, W=8. First {min(n, 300)} tokens the same with and without a graph: {same if gpu else 'no graph here'}"
+    )
+    table(title, ["tokens", "ms a token", "ms by bytes", "finite", "MB at first", "at last"], figures)
+    return {"memory_rate": rates, "rows": rows, "graph_equals_eager": same}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# picture
+
+COLORS = ["#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's, which the color-blind tell apart
+
+
+def last_line(path: str, command: str) -> dict:
+    """The results of a command whose output was saved: its last line is the JSON."""
+    try:
+        record = json.loads(read_text(path).rstrip().split("\n")[-1])
+        return {command: record["results"]}[record["command"]]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path}: its last line is not the JSON of bench.py {command}") from None
+
+
+def picture(args) -> dict:
+    text, met = last_line(args.quality, "quality")["text"], last_line(args.exposure, "exposure")["effective_budget"]
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("matplotlib is not installed: pip install matplotlib") from None
+    matplotlib.use("Agg")  # draws into a file, needs no display
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150)
+    ends = text["positions"]
+    middles = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
+    drawn = {name: row["kl_by_position"] for name, row in text["rows"].items() if name.startswith(("Quest", "Retro"))}
+    for (name, kl), color, marker in zip(drawn.items(), itertools.cycle(COLORS), itertools.cycle("osD^vP"), strict=False):
+        left.plot(middles, kl, color=color, marker=marker, label=name)
+    left.set(xlabel="tokens generated", ylabel="KL to full attention, nats a token", ylim=(0, None))
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
+    right.plot([int(w) for w in met], list(met.values()), color=COLORS[2], marker="o")
+    for w, x in met.items():
+        right.annotate(f"{x:.2f}", (int(w), x), xytext=(0, 8), textcoords="offset points", ha="center")
+    right.margins(y=0.15)
+    right.set(xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met])
+    figure.savefig(args.out)
+    print(f"{args.out} written")
+    return {"file": args.out}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def at_least(args, **least: int):
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise ValueError(f"{name} must be >= {value}, not {getattr(args, name)}")
+
+
+def setup(args) -> tuple[RetroConfig, Llama, Tokenizer]:
+    """What all measurements need: the budget as a configuration of Quest, the model, its tokenizer."""
+    device = choose_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    limits = {name: getattr(args, name) for name in ("page_size", "budget", "min_tokens", "dense_layers", "impl")}
+    retro = RetroConfig(window=1, **limits)
+    methods(retro, args.windows)  # refuses a window before anything is loaded
+    _, tok = load(args)
+    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    return retro, Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype), tok
+
+
+def add_method_options(add, min_tokens: int, dense_layers: int, dtype: str):
+    add("--checkpoint", default=Path(__file__).resolve().parent / "tiny", help="folder in Meta's format or Hugging Face's")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
+    add("--dtype", choices=["auto", *DTYPES], default=dtype, help="auto is bfloat16 on a GPU, float32 elsewhere")
+    add("--impl", choices=["auto", "torch", "triton"], default="auto", help="auto is triton on a GPU, torch elsewhere")
+    add("--windows", type=int, nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
+    add("--budget", type=float, default=0.15, help="share of the KV pages that a step loads")
+    add("--min_tokens", type=int, default=min_tokens, help="a step never loads less than this many tokens' worth of pages")
+    add("--page_size", type=int, default=16, help="tokens a page, a power of two")
+    add("--dense_layers", type=int, default=dense_layers, help="first layers that attend to everything")
+
+
+def add_text_options(add, passages: int, prefix: int, length: int):
+    add("--text", default=None, help="file to cut passages from; without it they are sampled from the checkpoint")
+    add("--seed", type=int, default=0, help="of the sampled texts and of the tasks' questions")
+    add("--passages", type=int, default=passages, help="passages, as one batch")
+    add("--prefix", type=int, default=prefix, help="tokens of prompt")
+    add("--length", type=int, default=length, help="tokens decoded behind it, a passage")
+
+
+def add_quality_commands(command: Callable):
+    # The paper's floor and dense layers would hide all in a small model; bfloat16 rounds by as much as is measured.
+    small = {"min_tokens": 32, "dense_layers": 0, "dtype": "float32"}
+    add = command(quality, "fidelity on text and accuracy on the tasks, against full attention", QUICK)
+    add_method_options(add, **small)
+    add_text_options(add, passages=24, prefix=2048, length=384)
+    add("--questions", type=int, default=24, help="questions of each task; 0 leaves the tasks out")
+    add("--entries", type=int, default=32, help="lines to remember, a question")
+    add("--buckets", type=int, default=8, help="parts of the decoded text to report on")
+    add = command(exposure, "which pages neighbouring queries want, and how many a query meets")
+    add_method_options(add, **small)
+    add_text_options(add, passages=8, prefix=2048, length=256)
+    add("--distance", type=int, default=8, help="steps to look back")
+    add = command(longgen, "many questions in one prompt (GSM8K's format), for a real checkpoint")
+    add_method_options(add, min_tokens=256, dense_layers=2, dtype="auto")
+    add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
+    add("--out", required=True, help="JSONL of results, one line a finished prompt; what is in it is not run again")
+    add("--n", type=int, nargs="+", default=[15, 30, 45], help="questions a prompt")
+    add("--prompts", type=int, default=10, help="prompts of each n")
+    add("--examples", type=int, default=8, help="worked examples in front, the first questions of the file")
+    add("--answer_tokens", type=int, default=256, help="tokens to generate at most, a question")
+    add("--chat", action="store_true", help="the prompt is a user's message, in the format of the checkpoint's tokenizer")
+
+
+def setting(text: str) -> tuple[int, int]:
+    context, batch = text.split("x")
+    return int(context), int(batch)
+
+
+def add_speed_commands(command: Callable, gpu: bool):
+    """On a GPU if there is one; else with the PyTorch reference on a few settings, which says little about speed."""
+    on_gpu = {kernels: [(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)],
+              decode: [(32_768, 1), (131_072, 1), (32_768, 8), (65_536, 8)]}  # fmt: skip
+    quick = {"settings": [(32_768, 1), (32_768, 8)] if gpu else [(1024, 1)]}
+    for run, windows, less, help in (
+        (kernels, [1, 2, 8], {"windows": [1, 2]}, "microseconds of each kernel, and of dense attention"),
+        (decode, [2, 4, 8], {"rounds": 1}, "milliseconds of whole steps, with random weights and random caches"),
+    ):
+        add = command(run, help, quick | less, device="cuda" if gpu else "cpu")
+        add("--shape", choices=list(SHAPES), default="8b" if gpu else "tiny", help="Llama 3.1 8B's, 3.2 1B's or tiny/'s")
+        settings = on_gpu[run] if gpu else [(1024, 1), (4096, 1)]
+        add("--settings", type=setting, nargs="+", default=settings, help="context x batch, as 32768x8")
+        add("--windows", type=int, nargs="+", default=windows, help="W to measure; 1 is Quest")
+    add(
+        "--dense_layers",
+        type=int,
+        default=0,
+        help="first layers that attend to all; with 0 one byte floor holds for each layer",
+    )
+    add("--rounds", type=int, default=3, help="times that all methods are measured in turn, 30 steps each")
+    add("--long", type=int, default=0, help="instead, generate so many tokens in one go: tiny/'s shape, W=8")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    quicks = {}
+
+    def command(run: Callable, help: str, quick: dict | None = None, **fixed):
+        sub = commands.add_parser(run.__name__, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run, **fixed)
+        if quick:
+            quicks[run.__name__] = quick
+            sub.add_argument("--quick", action="store_true", help=", ".join(f"--{name} {x}" for name, x in quick.items()))
+        return sub.add_argument
+
+    add_quality_commands(command)
+    add_speed_commands(command, torch.cuda.is_available())
+    add = command(picture, "draws the results of quality and exposure (needs matplotlib)")
+    add("--quality", required=True, help="saved output of bench.py quality")
+    add("--exposure", required=True, help="saved output of bench.py exposure")
+    add("--out", default="quality.png", help="file to write")
+    args = parser.parse_args(argv)
+    if getattr(args, "quick", False):
+        commands.choices[args.command].set_defaults(**quicks[args.command])
+        args = parser.parse_args(argv)
+    return args
+
+
+PACKAGES = ("torch", "triton", "numpy", "matplotlib")
+
+
+def as_json(args: argparse.Namespace, results: dict) -> str:
+    device = choose_device(getattr(args, "device", "cpu"))
+    record = {
+        "command": args.command,
+        "arguments": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "run"},
+        "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions() if d.name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.time() - START),
+        "results": results,
+    }
+    return json.dumps(record)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        print("\n" + as_json(args, args.run(args)), flush=True)
+        return 0
+    except BrokenPipeError:  # the reader of our stdout has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"bench.py: error: {str(error).split(chr(10))[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -34,6 +34,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
 
+import bench
 import retro_attention
 import sample
 from model import Decoder, Llama, LlamaConfig, Tokenizer, rope_table, sample_token
@@ -1186,6 +1187,496 @@ def test_a_tokenizer_from_json(tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps({**file, "model": {**file["model"], **change}}))
         with pytest.raises(ValueError, match="tokenizer.json is"):
             Tokenizer.from_checkpoint(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+BENCH = RetroConfig(page_size=8, budget=0.2, min_tokens=16, window=1, dense_layers=0, impl="torch")
+
+
+def neighbour(name, retro, prompt_len=45, T=110):
+    """Yields (t, output (B, 1, n_head, hs)) of one layer of a neighbour, and what goes in: q, k, v before rotation."""
+    q, k, v = random_qkv(T=T)
+    config = random_model().config
+    layer = bench.LAYERS[name](new_layer(retro, q, k).cache)
+    cos, sin = rope_table(config, "cpu", torch.float64)
+    layer.cache.k.fill_(math.nan), layer.cache.v.fill_(math.nan)
+    rotated = [apply_rope(x[:, :prompt_len], cos[:prompt_len], sin[:prompt_len]) for x in (q, k)]
+    layer.prefill(*rotated, v[:, :prompt_len])
+    steps = ((t, layer.decode(*(x[:, t : t + 1] for x in (q, k, v)), cos, sin, torch.tensor(t))) for t in range(prompt_len, T))
+    turn = lambda x: torch.from_numpy(rotate(x.numpy(), np.arange(T), config))  # noqa: E731
+    return steps, q, k, v, turn(q), turn(k)
+
+
+def weights_over(q, k, keys):
+    """Softmax weights of each query head of q (n_head, hs) over the positions `keys` of k (T, n_kv_head, hs)."""
+    logits = np.stack([k.numpy()[keys, h // 3] @ q[h].numpy() / math.sqrt(q.shape[1]) for h in range(len(q))])
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)  # (n_head, keys)
+
+
+def check_output(o, q, k, v, t, kept_of):
+    """o (B, n_head, hs) is attention of the rotated q over the positions kept_of(b, KV head)."""
+    for b, h in np.ndindex(2, 6):
+        close(o[b, h], softmax_over(q[b, t, h], k[b, :, h // 3], v[b, :, h // 3], kept_of(b, h // 3))[0], 1e-11)
+
+
+def test_streaming_llm_keeps_sinks_and_recent_tokens_and_renumbers_them():
+    """The list of what is held, the oldest but four dropped when it is too long; keys rotated by their place in the list.
+
+    Guards against sinks at their old distance, and against tokens that come back when the budget grows.
+    """
+    steps, q, k, v, *_ = neighbour("StreamingLLM", BENCH)
+    held, config, grown = list(range(45)), random_model().config, 0
+    for t, o in steps:
+        held.append(t)
+        while len(held) > pages_to_load(BENCH, t)[0] * 8:
+            del held[4]
+        grown += len(held) < pages_to_load(BENCH, t)[0] * 8
+        places = np.arange(len(held))
+        keys = torch.from_numpy(rotate(k[:, held].numpy(), places, config))
+        query = torch.from_numpy(rotate(q[:, [t]].numpy(), places[-1:], config))
+        check_output(o[:, 0], query, keys, v[:, held], 0, lambda b, h, places=places: places)
+    assert grown > 3, "the budget has never grown: the test is weaker than it should be"
+
+
+def test_tova_evicts_the_least_attended_token_of_the_layer():
+    """One list a text; after a step the tokens that its query attended to least, over all heads, make room for the next."""
+    steps, _, _, v, q, k = neighbour("TOVA", BENCH)
+    kept = [list(range(45)), list(range(45))]
+
+    def evict(b, t):
+        mean = weights_over(q[b, t], k[b], kept[b]).mean(0)
+        while len(kept[b]) > pages_to_load(BENCH, t + 1)[0] * 8 - 1:
+            lowest = int(mean.argmin())
+            mean = np.delete(mean, lowest)
+            del kept[b][lowest]
+
+    for b in range(2):
+        evict(b, 44)
+    for t, o in steps:
+        for b in range(2):
+            kept[b].append(t)
+            assert len(kept[b]) <= pages_to_load(BENCH, t)[0] * 8
+        check_output(o[:, 0], q, k, v, t, lambda b, h: kept[b])
+        for b in range(2):
+            evict(b, t)
+    assert kept[0] != kept[1] and kept[0] != list(range(110 - len(kept[0]), 110))
+
+
+def test_refreshkv_alternates_all_tokens_and_the_best_of_the_last_time(monkeypatch):
+    """Every 10th step reads all; in between the tokens since then, and the best of that time in the room that is left."""
+    monkeypatch.setattr(bench, "REFRESH", 10)
+    steps, _, _, v, q, k = neighbour("RefreshKV", BENCH)
+    ranked, last = {}, 44
+    for t, o in steps:
+        if t == 45 or (t - 45) % 10 == 0:  # after the prompt, and after each full step at 54, 64, ...
+            last = t - 1
+            for b, h in np.ndindex(2, 2):
+                mean = weights_over(q[b, last], k[b], list(range(last + 1)))[h * 3 : h * 3 + 3].mean(0)
+                ranked[b, h] = np.argsort(-mean).tolist()
+        room = pages_to_load(BENCH, t)[0] * 8 - (t - last)
+        full = (t - 44) % 10 == 0
+        recent = range(last + 1, t + 1)
+        check_output(
+            o[:, 0],
+            q,
+            k,
+            v,
+            t,
+            lambda b, h: range(t + 1) if full else [*ranked[b, h][:room], *recent],  # noqa: B023
+        )
+
+
+def test_selection_reuse_chooses_at_every_second_step():
+    """In between, the pages of the step before: with a page begun since in front, and the order of that time for the rest."""
+    steps, _, _, v, q, k = neighbour("selection reuse", BENCH)
+    ranked = {}
+    for t, o in steps:
+        count, held, window = pages_to_load(BENCH, t)
+        for b, h in np.ndindex(2, 2):
+            if (t - 45) % 2 == 0:
+                bounds = []
+                for j in range(held):
+                    page = k[b, j * 8 : min(j * 8 + 8, t + 1), h].numpy()
+                    query = q[b, t, h * 3 : h * 3 + 3].numpy()
+                    bounds.append(np.maximum(query * page.min(0), query * page.max(0)).sum())
+                ranked[b, h] = sorted(range(held), key=lambda j: (j not in window, -bounds[j]))  # noqa: B023
+            elif held - 1 not in ranked[b, h]:
+                ranked[b, h].insert(0, held - 1)
+        chosen = {key: set(pages[:count]) for key, pages in ranked.items()}
+        check_output(o[:, 0], q, k, v, t, lambda b, h: [j for j in range(t + 1) if j // 8 in chosen[b, h]])  # noqa: B023
+
+
+@pytest.mark.parametrize("dense_layers", [0, 1])
+def test_resa_repairs_the_cache(monkeypatch, dense_layers):
+    """After a dense pass, keys, values and bounds are dense decoding's; before the first one, all is Quest's.
+
+    Guards against a pass one row short, bounds left as they were, and a repair that reads the cached sparse outputs.
+    """
+    monkeypatch.setattr(bench, "REFRESH", 8)
+    model, tokens, quest = random_model(), random_tokens(2, 75), replace(BENCH, dense_layers=dense_layers)
+    decoders = [
+        bench.new_decoder(name, retro, model, 2, 75) for name, retro in (("ReSA", quest), ("Quest", quest), ("full", None))
+    ]
+    for decoder in decoders:
+        decoder.prefill(tokens[:, :41])
+    for t in range(41, 75):
+        ours, quests, dense = (decoder.step(tokens[:, t]) for decoder in decoders)
+        if t < 41 + 8:
+            assert torch.equal(ours, quests)
+        elif (t - 41) % 8 == 5:
+            assert (ours - quests).abs().max() > 1e-6 and (ours - dense).abs().max() > 1e-6
+        same = [
+            torch.allclose(getattr(a.cache, x).flatten(2, 3)[:, :, : t + 1], getattr(b.cache, x).flatten(2, 3)[:, :, : t + 1],
+                           rtol=0, atol=1e-10)
+            for a, b in zip(decoders[0].layers, decoders[2].layers, strict=True) for x in "kv"
+        ]  # fmt: skip
+        assert all(same) == (t % 8 == 0)  # 48, 56, ...: eight steps each
+        if t % 8 == 0:
+            for layer in decoders[0].layers[dense_layers:]:
+                keys = layer.cache.k.flatten(2, 3)[:, :, t // 8 * 8 : t + 1]
+                assert torch.equal(layer.cache.k_max[:, :, t // 8], keys.amax(2))
+
+
+def test_kv_share_counts_bounds_and_dense_passes():
+    """By hand: position 63 holds 8 pages of 8 tokens, a quarter is 2, the bounds of all are one page's worth of vectors."""
+    retro = RetroConfig(page_size=8, budget=0.25, min_tokens=8, window=1, dense_layers=0)
+    share = lambda name, n, retro=retro: bench.kv_share(name, retro, 4, range(64 - n, 64))  # noqa: E731
+    assert share("Quest", 1) == share("Retro W=4", 1) == 3 / 8 and share("full", 1, None) == 1
+    assert share("StreamingLLM", 1) == share("TOVA", 1) == 2 / 8
+    assert share("Quest", 1, replace(retro, dense_layers=1)) == (1 + 3 * 3 / 8) / 4
+    assert share("selection reuse", 2) == (3 + 2) / 16
+    steps = [(min(t // 8 + 1, -(-(t // 8 + 1) // 4)), t // 8 + 1) for t in range(32, 64)]
+    held = sum(h for _, h in steps)
+    assert share("RefreshKV", 32) == (sum(s for s, _ in steps[:-1]) + 8) / held
+    assert math.isclose(share("ReSA", 32), (sum(s + h / 8 for s, h in steps) + 8) / held)
+
+
+def quality_arguments(**changes):
+    sizes = dict(text=None, passages=3, prefix=50, length=30, windows=[1, 4], buckets=4, seed=0)
+    return SimpleNamespace(**{**sizes, **changes})
+
+
+def test_the_table_of_quality_is_what_it_says(monkeypatch):
+    """Window 1 is Quest, in every number; KL and nats are those of the logits, over the decoded tokens alone."""
+    monkeypatch.setattr(bench, "REFRESH", 8)
+    model, args, tok = random_model(), quality_arguments(), SimpleNamespace(bos=0)
+    idx = bench.passages(args, model, tok)
+    assert idx.shape == (3, 81) and torch.equal(idx, bench.passages(args, model, tok))
+    table = bench.text_quality(idx, args, BENCH, model)
+    rows = table["rows"]
+    assert rows["Retro W=1"] == rows["Quest"] and rows["Quest"]["kl_to_quest"] == [0, 0] and rows["full"]["kl"] == 0
+    assert len({row["kl"] for row in rows.values()}) == len(rows) - 1, "two methods are one"
+    dense = model(idx).log_softmax(-1)[:, 50:80]
+    kl = {}
+    for name, W in (("Quest", 1), ("Retro W=4", 4)):
+        sparse = decode(model, replace(BENCH, window=W), idx[:, :80], 50)[0][:, 1:].log_softmax(-1)
+        kl[name] = (dense.exp() * (dense - sparse)).sum(-1)
+        gap = (dense - sparse).gather(2, idx[:, 51:, None])[..., 0]
+        close(rows[name]["kl"], kl[name].mean(), 1e-6)
+        close(rows[name]["gap"], gap.mean(), 1e-5)
+        close(rows[name]["gap_by_position"][1], gap[:, 8:16].mean(), 1e-5)
+    difference = (kl["Retro W=4"] - kl["Quest"]).mean(1)
+    close(rows["Retro W=4"]["kl_to_quest"], [difference.mean(), difference.std() / math.sqrt(3)], 1e-6)
+    assert table["positions"] == [0, 8, 16, 23, 30]
+
+
+def test_a_full_budget_is_full_attention_in_the_table(monkeypatch):
+    """With all tokens allowed every method is full attention, except that reading has its price."""
+    monkeypatch.setattr(bench, "REFRESH", 8)
+    rows = bench.text_quality(random_tokens(3, 81), quality_arguments(), replace(BENCH, budget=1.0), random_model())["rows"]
+    for name, row in rows.items():
+        assert abs(row["kl"]) < 1e-5 and abs(row["gap"]) < 1e-5 and max(row["attention_error"]) < 1e-5, name
+    assert rows["full"]["kv_share"] == rows["TOVA"]["kv_share"] == 1 < rows["Quest"]["kv_share"] < rows["ReSA"]["kv_share"]
+
+
+def test_the_outputs_compared_are_the_steps_own(monkeypatch):
+    """Those of the newest row, through the output projection: not an older row's, nor those of ReSA's pass behind the step."""
+    monkeypatch.setattr(bench, "REFRESH", 4)
+    model, tokens = random_model(), random_tokens(2, 60)
+    steps = {
+        name: [outputs for _, outputs in bench.forced(bench.new_decoder(name, retro, model, 2, 60), tokens, 55)]
+        for name, retro in (("ReSA", BENCH), ("Quest", BENCH), ("Retro W=4", replace(BENCH, budget=1.0, window=4)))
+    }
+    assert all(torch.equal(a, b) for a, b in zip(steps["ReSA"], steps["Quest"], strict=True)) and len(steps["Quest"]) == 4
+    dense = []
+    for layer in model.layers:
+        layer.attention.register_forward_hook(lambda module, args, x: dense.append(x))
+    model(tokens)
+    for i, outputs in enumerate(steps["Retro W=4"]):
+        close(outputs, torch.stack([x[:, 55 + i] for x in dense]), 1e-5)
+
+
+def test_overlap_of_page_sets():
+    """Against sets: pages taken now that were among the first k, or the next k, of a past step; new pages in neither."""
+    rng = np.random.default_rng(0)
+    ranks = [torch.from_numpy(rng.permuted(np.tile(np.arange(9 + i // 2), (2, 3, 1)), axis=-1)) for i in range(6)]
+    selected, shares = [2, 2, 3, 3, 3, 3], []
+    for i in range(2, 6):
+        top = beyond = 0
+        for now, past in zip(ranks[i].flatten(0, 1), ranks[i - 2].flatten(0, 1), strict=True):
+            taken = set(np.flatnonzero(now < selected[i]))
+            order = past.argsort().tolist()
+            top += len(taken & set(order[: selected[i - 2]]))
+            beyond += len(taken & set(order[selected[i - 2] : 2 * selected[i - 2]]))
+        shares.append([top / 6 / selected[i], beyond / 6 / selected[i]])
+    close(bench.overlap(ranks, selected, 2), np.mean(shares, 0), 1e-6)
+
+
+def test_answers_are_matched_by_their_number():
+    """In any order; what follows 'The answer is' before any other number; the first answer to a question counts."""
+    text = (
+        "Answer_2: 3 and 4 make 7. The answer is $1,007.50. It took 3 steps.\n\nAnswer_1: it is 12, so 13\n"
+        "Answer_4: nothing\nAnswer_2: The answer is 8.\nAnswer_12: the answer is -5\nAnswer_4: The answer is 0."
+    )
+    assert bench.read_answers(text) == {2: 1007.5, 1: 13, 12: -5, 4: 0}
+    assert bench.read_answers("The answer is 3.") == {}
+
+
+class Scripted(Llama):
+    """Says `script`, whatever it is asked: the hidden state is the id of the token that comes next."""
+
+    def hidden(self, idx, cos, sin, retro=None, t=None):
+        if t is None:
+            self.prompt_len = idx.shape[1]
+        place = 0 if t is None else int(t) - self.prompt_len + 1
+        return torch.full((*idx.shape, 1), self.script[place], dtype=torch.double)
+
+    def logits(self, x):
+        return torch.nn.functional.one_hot(x[..., 0].long(), self.config.vocab_size).double()
+
+
+def scripted(tok, script):
+    config = dict(dim=64, n_layer=2, n_head=2, n_kv_head=2, vocab_size=tok.vocab_size, ffn_dim=16, max_seq_len=2000)
+    model = Scripted(LlamaConfig(**config, rope_theta=1e4)).eval().requires_grad_(False)
+    model.script = script
+    return model
+
+
+@pytest.fixture
+def exam(monkeypatch, tmp_path):
+    """20 questions in GSM8K's form and a scripted model: `run(answers)` -> exit code, last line of stdout, the records."""
+    tok = Tokenizer.from_checkpoint(TINY)
+    model = scripted(tok, [])
+    lines = [{"question": f"What is {i} + 1000?", "answer": f"<<{i}+1000>>\n#### {1000 + i:,}"} for i in range(20)]
+    (tmp_path / "questions").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(bench, "setup", lambda args: (RetroConfig(window=1), model, tok))
+
+    def run(text, *args):
+        model.script = [*tok.encode(text), tok.stop_tokens[0]] if text else []
+        paths = ["--questions", str(tmp_path / "questions"), "--out", str(tmp_path / "out")]
+        code = bench.main(["longgen", *paths, "--n", "4", "--prompts", "2", "--examples", "3", "--windows", "2", *args])
+        return code, [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+
+    return run
+
+
+def test_lines_are_right_at_their_place():
+    """A line counts where it belongs, whole: one too early, a wrong number or one that is cut off is wrong."""
+    tok, said = Tokenizer.from_checkpoint(TINY), "Ada: 1\nBen: 2\nCarl: 33\nDora: 4\nEa"
+    model = scripted(tok, tok.encode(said))
+    idx, answers = torch.zeros(3, 20, dtype=torch.long), ["Ada: 1\nBen: 2\nCarl: 3\nDora: 4\nEarl: 5\n\n", "Ben: 2\n" * 5, said]
+    right = bench.lines_right(Decoder(model, 3), idx, answers, tok, len(model.script))
+    assert right.tolist() == [[1, 1, 0, 1, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("task", bench.TASKS)
+def test_task_questions_fill_the_prompt_up(task):
+    """All of one length, begin_of_text first, the question last; the same seed asks the same."""
+    tok, model = Tokenizer.from_checkpoint(TINY), random_model()
+    args = SimpleNamespace(seed=3, questions=4, entries=5, prefix=300)
+    model.config.max_seq_len = 400
+    idx, answers, steps = bench.task_questions(task, args, model, tok)
+    question, answer = bench.TASKS[task](random.Random(3), 5)
+    assert (
+        idx.shape == (4, 300)
+        and steps == max(len(tok.encode(answer)) for answer in answers)
+        and (idx[:, 0] == tok.bos).all()
+        and len(set(answers)) == 4
+    )
+    assert tok.decode(idx[0].tolist()).endswith(question) and answers[0] == answer
+    assert torch.equal(idx, bench.task_questions(task, args, model, tok)[0])
+    with pytest.raises(ValueError, match=f"for 90 entries of {task}, not 300"):
+        bench.task_questions(task, SimpleNamespace(**{**vars(args), "entries": 90}), model, tok)
+
+
+def test_longgen_counts_what_is_right(exam, capsys):
+    """Of questions 3 .. 6 the script has two right, skips one and repeats one, first wrong; of 7 .. 10 none is right."""
+    script = (
+        "Answer_4: The answer is 1006. Answer_1: The answer is 1,003. Answer_2: The answer is 1. Answer_2: The answer is 1004."
+    )
+    code, records = exam(script)
+    assert code == 0 and len(records) == 6
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["rows"]
+    assert [row["method"] for row in results] == ["full", "Quest", "Retro W=2"]
+    assert all(row["right"] == 2 / 8 and row["answered"] == 6 / 8 for row in results)
+    assert all(record["right"] == [record["run"]["prompt"] == 0 and i in (0, 3) for i in range(4)] for record in records)
+    assert all(record["text"] == script for record in records)
+
+
+def test_longgen_goes_on_where_it_was_interrupted(exam, capsys, tmp_path):
+    """What is finished is not run again, a half-written line is; other settings are other runs; a foreign file stays whole."""
+    exam("Answer_1: The answer is 1003.")
+    whole = (tmp_path / "out").read_text()
+    (tmp_path / "out").write_text(whole[:-40])
+    code, records = exam("Answer_1: The answer is 5.")
+    assert code == 0 and len(records) == 6 and records[:5] == [json.loads(line) for line in whole.splitlines()[:5]]
+    assert "The answer is 5" in records[5]["text"]
+    assert exam("")[0] == 0, "a finished run asked the model again"
+    assert len(exam("x", "--answer_tokens", "9")[1]) == 12
+    (tmp_path / "out").write_text("my diary\nno end")
+    capsys.readouterr()
+    with pytest.raises(json.JSONDecodeError):
+        exam("x")
+    assert (tmp_path / "out").read_text() == "my diary\nno end" and "is not a file of this command" in capsys.readouterr().err
+
+
+def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
+    """quality and exposure on the shipped checkpoint, and what picture makes of their saved output."""
+    text = tmp_path / "book"
+    text.write_text("It was a dark night, and the wind blew. " * 60)
+    sizes = ["--text", str(text), "--passages", "2", "--prefix", "150", "--length", "10", "--windows", "2"]
+    assert bench.main(["quality", *sizes, "--questions", "2", "--entries", "4"]) == 0
+    output = capsys.readouterr().out
+    (tmp_path / "quality").write_text(output)
+    record = json.loads(output.splitlines()[-1])
+    assert record["arguments"]["prefix"] == 150 and record["versions"]["torch"] and record["device"]
+    assert set(record["results"]["tasks"]) == set(bench.TASKS) and "Retro W=2" in output and "ReSA" in output
+    assert bench.main(["exposure", *sizes, "--distance", "3"]) == 0
+    output = capsys.readouterr().out
+    (tmp_path / "exposure").write_text(output)
+    results = json.loads(output.splitlines()[-1])["results"]
+    assert results["effective_budget"]["1"] == 1 < results["effective_budget"]["2"] < 2
+    assert all(0 < a + b <= 1 for a, b in results["overlap"].values()) and len(results["overlap"]) == 3
+    files = ["--quality", str(tmp_path / "quality"), "--exposure", str(tmp_path / "exposure")]
+    assert bench.main(["picture", "--quality", files[3], "--exposure", files[1]]) == 2
+    assert "is not the JSON of bench.py quality" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert bench.main(["picture", *files, "--out", str(tmp_path / "x.png")]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+    monkeypatch.undo()
+    if importlib.util.find_spec("matplotlib"):
+        assert bench.main(["picture", *files, "--out", str(tmp_path / "x.png")]) == 0
+        assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.fixture
+def measure(capsys, monkeypatch):
+    """Runs a speed command as on a machine without a GPU: its first line, and the JSON of its last."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(args):
+        assert bench.main(args.split()) == 0
+        lines = capsys.readouterr().out.strip().split("\n")
+        assert "No GPU" in lines[0] and "PyTorch reference" in lines[0]
+        return json.loads(lines[-1])["results"]
+
+    return run
+
+
+def test_kernels_sets_the_time_beside_the_bytes(measure, monkeypatch):
+    """Bytes by hand for 320 tokens in 20 pages, 16 of them (min_tokens) or, for Quest's headline setting, 16 selected."""
+    monkeypatch.setattr(bench, "HEADLINE", (320, 288))
+    results = measure("kernels --settings 320x2 --windows 1 8")
+    rows, rate = results["rows"], max(results["memory_rate"].values())
+    assert [(row["window"], row["budget"]) for row in rows] == [(1, 0.15), (8, 0.15), (1, 0.9)]
+    for row in rows:
+        pages, vector = 18 if row["budget"] == 0.9 else 16, 2 * 2 * 64 * 4  # batch, KV heads, head size, float32
+        assert row["bytes"]["score"] == 2 * 20 * vector and row["bytes"]["attend"] == 2 * pages * 16 * vector
+        assert row["bytes"]["four"] == 2 * (20 + pages * 16) * vector and row["bytes"]["dense"] == 2 * 320 * vector
+        assert {*bench.KERNELS, "four", "ours"} <= set(row["us"]) and all(x > 0 for x in row["us"].values())
+        assert row["share"]["four"] == pytest.approx(row["bytes"]["four"] / rate * 1e6 / row["us"]["four"])
+        assert row["share"]["ours"] == pytest.approx(row["bytes"]["dense"] / rate * 1e6 / row["us"]["ours"])
+        assert row["our_dense_to_four"] == pytest.approx(row["us"]["ours"] / row["us"]["four"])
+
+
+def test_decode_sets_whole_steps_beside_the_bytes(measure):
+    """The shape is the shipped checkpoint's, with embeddings that are the output head too: a step reads all weights."""
+    config, weights = sample.read_checkpoint(TINY)
+    assert bench.SHAPES["tiny"] == config
+    results = measure("decode --settings 400x2 --windows 2 --rounds 1 --dense_layers 3")
+    rows, rate = results["rows"], max(results["memory_rate"].values())
+    assert [row["method"] for row in rows] == ["full", "Quest", "Retro W=2"]
+    read = 4 * sum(w.numel() for w in weights.values())
+    vector = 2 * 2 * 64 * 4  # 385 tokens in 25 pages when half of the steps are done
+    assert rows[0]["bytes"] == read + 10 * 2 * 385 * vector
+    assert rows[1]["bytes"] == rows[2]["bytes"] == read + (3 * 2 * 385 + 7 * 2 * (25 + 16 * 16)) * vector
+    for row in rows:
+        assert row["share"] == pytest.approx(row["bytes"] / rate / row["ms"] * 1e3)
+        assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms"])
+        assert row["memory"]["kv"] == 10 * 2 * 400 * vector and row["memory"]["peak"] is None
+    untied = bench.random_model(replace(config, tie_embeddings=False, max_seq_len=400), "cpu", torch.float32)
+    assert bench.step_bytes(untied, None, 2, 385) == rows[0]["bytes"], "of the embedding table itself a step takes single rows"
+    bounds = [row["memory"]["bounds"] for row in rows]
+    assert bounds == [0, 7 * 2 * 25 * vector, 7 * 2 * 25 * vector]
+    assert [row["memory"]["outputs"] for row in rows] == [0, *(7 * 2 * W * 6 * 65 * 4 for W in (1, 2))]
+
+
+def test_a_long_run_is_measured_by_quarters(measure, monkeypatch):
+    """All logits finite; what the bytes explain grows with the text."""
+    monkeypatch.setitem(bench.SHAPES, "tiny", LlamaConfig(32, 1, 2, 1, 64, 64, 4096))
+    rows = measure("decode --long 120")["rows"]
+    assert [row["tokens"] for row in rows] == [[4, 30], [31, 60], [61, 90], [91, 120]]
+    assert all(row["finite"] and row["ms"] > row["floor_ms"] > 0 for row in rows)
+    assert rows[0]["bytes"] < rows[3]["bytes"]
+
+
+def test_quick_changes_what_is_not_given():
+    """--quick stands for smaller sizes, each of which can still be given, also as what is usual."""
+    usual, quick, both = (bench.parse_args(["quality", *x.split()]) for x in ("", "--quick", "--quick --passages 24"))
+    assert (usual.passages, quick.passages, both.passages) == (24, 8, 24)
+    assert usual.length > quick.length == both.length and bench.parse_args(["quality"]).passages == 24
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("quality --text nowhere", "nowhere: No such file"),
+        (f"quality --text {TINY}/consolidated.00.pth", "not UTF-8 at byte"),
+        ("quality --text LICENSE", r"LICENSE has \d+ tokens: 24 passages of 2432 need 58368"),
+        ("quality --prefix 4000 --questions 0", "prefix \\+ length must be at most 4095, not 4384"),
+        ("quality --budget 0", r"budget must be in \(0, 1\], not 0"),
+        ("quality --windows 2 0", "window must be an integer >= 1, not 0"),
+        ("quality --passages 1", "passages must be >= 2, not 1"),
+        ("quality --length 0", "length must be >= 1, not 0"),
+        ("quality --questions 1", "questions must not be 1"),
+        ("quality --entries 9999", "entries at most"),
+        ("quality --dense_layers 99", "dense_layers must be between 0"),
+        ("quality --checkpoint nowhere", "checkpoint nowhere: no such folder"),
+        ("quality --device abacus", "device 'abacus': unknown"),
+        ("exposure --distance 256", "distance must be between 1 and length - 1 = 255, not 256"),
+        ("longgen --questions nowhere --out x", "nowhere: No such file"),
+        ("longgen --questions LICENSE --out x", "LICENSE: line 1 is not a question"),
+        ("longgen --questions LICENSE --out README.md", "README.md: exists, and is not"),
+        ("longgen --questions LICENSE --out x --n 3 0", "n must be >= 1, not 0"),
+        ("quality --prefix 300", "prefix must be at least .* for 32 entries of ledger, not 300"),
+        ("quality --prefix 4000 --length 1", "prefix must be at most 3.* in ledger, not 4000"),
+        ("picture --quality LICENSE --exposure LICENSE", "LICENSE: its last line is not the JSON of bench.py quality"),
+        ("kernels --shape 70b", "invalid choice: '70b'"),
+        ("kernels --settings 64x1", "settings must have a context >= 256 and a batch >= 1, not 64x1"),
+        ("kernels --settings 1024", "invalid setting value: '1024'"),
+        ("kernels --windows 0", "window must be an integer >= 1, not 0"),
+        ("decode --settings 1024x0", "a batch >= 1, not 1024x0"),
+        ("decode --rounds 0", "rounds must be >= 1, not 0"),
+        ("decode --dense_layers 11 --shape tiny", "dense_layers must be between 0 and 10, not 11"),
+        ("decode --long 5", "long must be >= 100, not 5"),
+        ("nonsense", "invalid choice: 'nonsense'"),
+        ("quality --budget much", "--budget: invalid float"),
+    ],
+)
+def test_a_mistake_in_a_measurement_is_one_clear_line(capsys, monkeypatch, args, message):
+    """Exit code 2, nothing on stdout, no traceback."""
+    monkeypatch.chdir(TINY.parent)
+    try:
+        code = bench.main(args.split())
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    out, error = capsys.readouterr()
+    assert code == 2 and not out and "Traceback" not in error
+    assert re.search(message, error.strip().split("\n")[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
