@@ -471,7 +471,7 @@ def quality(args) -> dict:
     if args.questions == 1 or args.entries > len(NAMES):
         raise ValueError(f"questions must not be 1 and entries at most {len(NAMES)}, not {args.questions} and {args.entries}")
     retro, model, tok = setup(args)
-    questions = {task: task_questions(task, args, model, tok) for task in TASKS} if args.questions else {}
+    questions = {task: task_questions(task, args, model, tok) for task in args.tasks} if args.questions else {}
     results = {"text": text_quality(passages(args, model, tok), args, retro, model), "tasks": {}}
     show_text(results["text"], args)
     for task in questions:
@@ -1146,6 +1146,7 @@ def add_quality_commands(command: Callable):
     add_method_options(add, **small)
     add_text_options(add, passages=24, prefix=2048, length=384)
     add("--questions", type=int, default=24, help="questions of each task; 0 leaves the tasks out")
+    add("--tasks", choices=list(TASKS), nargs="+", default=["ledger", "chain"], help="the shipped checkpoint cannot do relay")
     add("--entries", type=int, default=32, help="lines to remember, a question")
     add("--buckets", type=int, default=8, help="parts of the decoded text to report on")
     add = command(exposure, "which pages neighbouring queries want, and how many a query meets")

@@ -38,9 +38,10 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
     """Rotates q and k, puts the window's rows of k and v into the cache, refreshes the touched bounds; returns rotated q."""
     B, W, n_head, hs = q.shape
     assert all(x.is_contiguous() for x in (cos, sin, cache.k, cache.v)), "angles and cache must be contiguous"
-    # Rows may stand apart, as they do where q, k and v are slices of one product.
-    spaced = (x.stride()[2:] == (hs, 1) and (B == 1 or x.stride(0) == W * x.stride(1)) for x in (q, k, v))
-    assert all(spaced), "rows must be evenly spaced"
+    # Rows may stand apart, as they do where q, k and v are slices of one product: from row to row, in (B, W), a fixed step.
+    steps = [x.stride(1) if W > 1 else x.stride(0) for x in (q, k, v)]
+    for x, step in zip((q, k, v), steps, strict=True):
+        assert x.stride()[2:] == (hs, 1) and (B == 1 or x.stride(0) == W * step), "rows must be evenly spaced"
     n_kv_head, P, ps = cache.k.shape[1:4]
     q_rotated = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     bounded = cache.k_min is not None
@@ -56,9 +57,7 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
         cache.k_min,
         cache.k_max,
         t,
-        q.stride(1),
-        k.stride(1),
-        v.stride(1),
+        *steps,
         P,
         n_head,
         n_kv_head,
@@ -93,9 +92,9 @@ def write_kernel(
     k_min,
     k_max,
     t_ptr,
-    q_row,
-    k_row,
-    v_row,
+    q_step,
+    k_step,
+    v_step,
     P,
     n_head,
     n_kv_head,
@@ -122,18 +121,18 @@ def write_kernel(
 
     if head < n_head:
         row = (b * W + w)[:, None]  # (ROWS, 1)
-        x = tl.load(q + row * q_row + head * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
+        x = tl.load(q + row * q_step + head * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
         rows = (row * n_head + head) * HS + i[None, :]  # (ROWS, HS)
         tl.store(q_rotated + rows, rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype), mask=(w < W)[:, None])
     else:
         h = head - n_head
         row, rest = (b * W + w)[:, None], h * HS + i[None, :]
-        x = tl.load(k + row * k_row + rest, mask=real[:, None], other=0.0)
+        x = tl.load(k + row * k_step + rest, mask=real[:, None], other=0.0)
         x = rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype)  # (ROWS, HS)
         first_page = (b * n_kv_head + h).to(tl.int64) * P  # of this head
         slots = first_page * PS * HS + position[:, None] * HS + i[None, :]  # (ROWS, HS)
         tl.store(cache_k + slots, x, mask=real[:, None])
-        tl.store(cache_v + slots, tl.load(v + row * v_row + rest, mask=real[:, None], other=0.0), mask=real[:, None])
+        tl.store(cache_v + slots, tl.load(v + row * v_step + rest, mask=real[:, None], other=0.0), mask=real[:, None])
 
         # Bounds: the window's keys are at hand, only the page's earlier ones are read (no barrier after the store above).
         offset = tl.arange(0, PS)
