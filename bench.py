@@ -289,7 +289,8 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
 
 def forced(decoder: Decoder, idx: torch.Tensor, prefix: int):
     """Feeds tokens prefix .. T-2 of idx (B, T) one by one. Yields, for each, the log-probabilities of the next (B, vocab) and
-    the attention outputs of the newest row (n_layer, B, dim). The prompt's own are left out: all methods' prefill is dense."""
+    the attention outputs of the newest row, before `wo` (n_layer, B, n_head * hs). The prompt's own are left out: all methods'
+    prefill is dense."""
     outputs = []
     decoder.captures = False  # the replay of a CUDA graph calls no hooks
     hooks = [
@@ -919,6 +920,7 @@ def kernels(args) -> dict:
 # decode
 
 
+@torch.inference_mode(False)  # ordinary tensors, which a decoder can lay side by side
 def random_model(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
     with torch.device("meta"):
         model = Llama(config)

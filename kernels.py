@@ -270,8 +270,8 @@ def select_kernel(
 ):
     """pages = top-k(score); stamps = A[pages]; A[pages] = t
 
-    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads heads * held * 4 bytes of scores and heads * k * 4 of
-    stamps, writes heads * k * 12, with k = pages_selected(t).
+    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads heads * held * 8 bytes of scores and stamps, writes
+    heads * k * 12, with k = pages_selected(t).
     """
     bh = tl.program_id(0).to(tl.int64)
     position = tl.load(t_ptr)

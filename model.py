@@ -445,6 +445,7 @@ def rope_table(config: LlamaConfig, device: torch.device | str, dtype: torch.dty
     return angles.cos(), angles.sin()
 
 
+@torch.inference_mode(False)  # or the parameters of a model that is being trained could not go on
 def side_by_side(*maps: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of linear maps with the same input, one below the other, so that one product does them all.
 
@@ -457,13 +458,6 @@ def side_by_side(*maps: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
         for p, part in zip(own, () if own[0] is None else joint[-1].split([len(p) for p in own]), strict=False):
             p.data = part
     return tuple(joint)
-
-
-def add_product(x: torch.Tensor, y: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-    """x + linear(y), (B, T, dim). Where no gradient is asked for, the product itself adds, into x: one kernel less."""
-    if torch.is_grad_enabled():
-        return x + linear(y)
-    return x.flatten(0, 1).addmm_(y.flatten(0, 1), linear.weight.T).view_as(x)
 
 
 class Attention(nn.Module):
@@ -529,21 +523,28 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
+        self.packed = None  # where the weights lay when they were put side by side
 
     def forward(self, x, cos, sin, retro=None, t=None):
-        x = add_product(x, self.attention(self.attention_norm(x), cos, sin, retro, t), self.attention.wo)
+        """(B, T, dim) -> (B, T, dim). A decode step adds to x itself, in the products' epilogues: two kernels less."""
+        o = self.attention(self.attention_norm(x), cos, sin, retro, t)  # (B, T, n_head * hs)
+        if t is not None:
+            flat = x.flatten(0, 1)  # (B * W, dim)
+            flat.addmm_(o.flatten(0, 1), self.attention.wo.weight.T)
+            flat.addmm_(self.feed_forward(self.ffn_norm(flat), decoding=True), self.feed_forward.w2.weight.T)
+            return x
+        x = x + self.attention.wo(o)
         # A long prompt goes through in pieces, or the feed-forward's inner values would take most of the memory.
-        parts = [
-            add_product(part, self.feed_forward(self.ffn_norm(part), t is not None), self.feed_forward.w2)
-            for part in x.split(8192, dim=1)
-        ]
+        parts = [part + self.feed_forward.w2(self.feed_forward(self.ffn_norm(part))) for part in x.split(8192, dim=1)]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def pack(self):
-        """Readies the layer for decode steps; again after moving or casting the model."""
+        """Readies the layer for decode steps; again where the weights have been moved, cast or replaced since."""
         a, f = self.attention, self.feed_forward
-        if a.wqkv is None or a.wqkv[0].data_ptr() != a.wq.weight.data_ptr():
+        where = [m.weight.data_ptr() for m in (a.wq, a.wk, a.wv, f.w1, f.w3)]
+        if self.packed != where:
             a.wqkv, f.w13 = side_by_side(a.wq, a.wk, a.wv), side_by_side(f.w1, f.w3)
+            self.packed = [m.weight.data_ptr() for m in (a.wq, a.wk, a.wv, f.w1, f.w3)]
 
 
 class Llama(nn.Module):
@@ -662,7 +663,8 @@ class Llama(nn.Module):
 class Decoder:
     """One batch of sequences on its way: token ids, the position of the newest, and each layer's RetroAttention.
 
-    `prefill` a prompt, then `step` with each next token; both return the logits of the token that follows.
+    `prefill` a prompt, then `step` with each next token; both return the logits of the token that follows. The model's weights
+    must stay where they are while a decoder lives.
     """
 
     def __init__(self, model: Llama, batch_size: int, retro: RetroConfig | None = None, max_seq_len: int | None = None):
@@ -700,7 +702,7 @@ class Decoder:
         # On a GPU a step is hundreds of small kernels. As a CUDA graph they are launched at once; its input is `token`, its
         # output `logits`. The reference reads the position while it runs, so it cannot be captured.
         self.captures = weight.is_cuda and all(layer.ops is not retro_attention for layer in self.layers)
-        self.graph = None
+        self.graph, self.compiled = None, False
         self.token = torch.zeros(batch_size, dtype=torch.long, device=weight.device)  # (B,) the newest token
         self.logits = None  # (B, vocab)
 
@@ -721,12 +723,13 @@ class Decoder:
         """(B,) the token behind the newest -> (B, vocab). IndexError past the end of the cache."""
         if self.position + 1 >= self.max_seq_len:
             raise IndexError(f"position {self.position + 1} is behind the end of the cache of {self.max_seq_len} tokens")
-        self.position += 1
+        assert token.shape == self.token.shape, f"one token a sequence: {tuple(self.token.shape)}, not {tuple(token.shape)}"
         self.token.copy_(token)
+        self.position += 1
         watched = any(layer.hook is not None for layer in self.layers)  # a hook runs on the host
-        if not self.captures or watched or self.logits is None:  # the first step compiles the kernels, a capture could not
-            self.logits = self._step()
-            return self.logits
+        if not self.captures or watched or not self.compiled:
+            self.compiled = True  # the kernels, at the first step: a capture could not do that
+            return self._step()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):

@@ -187,7 +187,7 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
     """The pages that this step loads, ascending, and the step at which each was loaded before: two of (B, n_kv_head, S) int32.
 
     The window's own pages are always among them (their keys are being rewritten); ties go to the lower page. Then the exposure
-    table says t for the selected pages. `scores` (B, n_kv_head, pages held) is overwritten.
+    table says t for the selected pages. `scores` (B, n_kv_head, pages held) must be finite, and are overwritten.
     """
     W, ps = cache.config.window, cache.config.page_size
     S = cache.config.pages_selected(int(t))

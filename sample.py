@@ -208,7 +208,7 @@ class Trace:
     def __init__(self, decoder: Decoder, tok: Tokenizer, prompt_len: int, steps: int, layer: int, head: int):
         self.decoder, self.tok, self.prompt_len, self.layer, self.head = decoder, tok, prompt_len, layer, head
         # Odd, and pages are powers of two: the traced tokens stand at all places in their pages, not always at the same.
-        self.every, self.last = steps // 10 | 1, len(decoder.layers) - 1
+        self.every, self.last = -(-steps // 10) | 1, len(decoder.layers) - 1
         self.page_size, self.window = decoder.retro.page_size, decoder.retro.window
         self.step, self.revised = None, {}  # of the token being traced: the Step of `layer`, and all sparse layers' revisions
         self.means = []  # of each traced token: (layers, 6) pages loaded, then the means of the revisions

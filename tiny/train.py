@@ -308,7 +308,7 @@ def evaluate(args):
         print(f"{name}: {right} of {total} lines exactly right ({right / total:.1%}), {args.entries} entries", flush=True)
 
 
-def main():
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["tokenizer", "train", "evaluate"])
     parser.add_argument("--data", type=Path, required=True, help="folder of train*.txt.xz and heldout.txt.xz")
@@ -333,7 +333,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--questions", type=int, default=20, help="a task, in evaluate")
     parser.add_argument("--entries", type=int, default=64, help="a question, in evaluate")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
     {"tokenizer": train_tokenizer, "train": train, "evaluate": evaluate}[args.command](args)
 
 
