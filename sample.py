@@ -107,22 +107,24 @@ class Report:
     def __init__(self, decoder: Decoder, prompt_len: int):
         self.decoder, self.prompt_len = decoder, prompt_len
         self.start = time.perf_counter()
-        self.first = self.last = None
+        self.first = self.last = None  # when the first and the newest token came
         self.steps = 0  # those that made a token, the prompt's included
-        self.tokens = self.first_tokens = 0  # of all texts; a text that has ended makes none
+        self.tokens = 0  # of all texts; a text that has ended makes none
 
     def step(self, tokens: int):
         self.last = time.perf_counter()
-        if self.steps == 0:
-            self.first, self.first_tokens = self.last, tokens
+        self.first = self.first or self.last
         self.steps += 1
         self.tokens += tokens
+        if self.steps in (1, 3):  # the pace is that behind the first two decode steps, in which a GPU compiles and captures
+            self.paced_from, self.paced_before = self.last, self.tokens
 
     def lines(self) -> list[str]:
         n = self.steps
         if n == 0:
             return ["no tokens"]
-        pace = f"{(self.tokens - self.first_tokens) / (self.last - self.first):.1f} tokens/s" if n > 1 else "one step"
+        timed, seconds = self.tokens - self.paced_before, self.last - self.paced_from
+        pace = f"{timed / seconds:.1f} tokens/s" if seconds else "too few for a pace"
         out = [
             f"{self.tokens} tokens, {pace}, prompt of {self.prompt_len} tokens read in {self.first - self.start:.2f} s; "
             f"context {self.prompt_len + n} of {self.decoder.model.config.max_seq_len}"
