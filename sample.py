@@ -266,7 +266,7 @@ class Trace:
             return [*lines, "  The window is 1: there are no past rows, nothing is revised."]
         lines += [
             "  t-1 ..., the past rows    + loaded, new to the row   - loaded, seen before   . not loaded",
-            "                            (of several pages in a character, the foremost of # + - . is shown)",
+            "  blank: the page begins after the row; of several pages in a character the foremost of # + - .",
             "  new      pages that the row meets for the first time; they were loaded for t in any case",
             "  mass     their share of the row's softmax over all that it has seen by now",
             "  output   how far its attention output moves by them: |after - before| / |before|",

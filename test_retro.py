@@ -2007,7 +2007,9 @@ def readme_commands():
             for words in [shlex.split(part, comments=True) for part in line.split("&&") if line.startswith("    ")]:
                 for i, word in enumerate(words):
                     if word.endswith(".py") and "python" in words[:i]:
-                        yield pytest.param(word, words[i + 1 :], id=" ".join(words[i:]))
+                        yield pytest.param(
+                            word, list(itertools.takewhile(lambda w: w != ">", words[i + 1 :])), id=" ".join(words[i:])
+                        )
 
 
 @pytest.mark.parametrize("script, args", list(readme_commands()))
