@@ -541,10 +541,10 @@ class Block(nn.Module):
     def pack(self):
         """Readies the layer for decode steps; again where the weights have been moved, cast or replaced since."""
         a, f = self.attention, self.feed_forward
-        where = [m.weight.data_ptr() for m in (a.wq, a.wk, a.wv, f.w1, f.w3)]
-        if self.packed != where:
-            a.wqkv, f.w13 = side_by_side(a.wq, a.wk, a.wv), side_by_side(f.w1, f.w3)
-            self.packed = [m.weight.data_ptr() for m in (a.wq, a.wk, a.wv, f.w1, f.w3)]
+        qkv, halves = (a.wq, a.wk, a.wv), (f.w1, f.w3)
+        if self.packed != [m.weight.data_ptr() for m in qkv + halves]:
+            a.wqkv, f.w13 = side_by_side(*qkv), side_by_side(*halves)
+            self.packed = [m.weight.data_ptr() for m in qkv + halves]
 
 
 class Llama(nn.Module):
