@@ -66,7 +66,7 @@ REFRESH = 32  # steps between two dense passes of RefreshKV and of ReSA
 class Neighbour:
     """Stands in for a layer's RetroAttention, with the same two methods, on the same cache."""
 
-    hook = None
+    ops, hook = retro_attention, None
 
     def __init__(self, cache: LayerCache):
         self.cache = cache

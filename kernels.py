@@ -287,21 +287,21 @@ def select_kernel(
     key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
     key = tl.where(page < first, key, 0).to(tl.uint32)
 
-    # The threshold: at least `rest` keys reach `low`, fewer than that reach `high`. Three values between them are tried at
-    # once, their counts side by side in 21 bits each. Done when exactly `rest` keys reach `low`, or only equal ones are left.
+    # The threshold: at least `rest` keys reach `low`, fewer than that reach `high`. Two values between them are tried at once,
+    # their counts side by side in one number. Done when exactly `rest` keys reach `low`, or only equal ones are left.
+    COUNTS: tl.constexpr = tl.int32 if N < 65536 else tl.int64
+    BITS: tl.constexpr = 16 if N < 65536 else 32
     low = tl.min(tl.where(page < first, key, 0xFFFFFFFF).to(tl.uint32), axis=0)
     high = tl.max(key, axis=0) + 1
     reached = first
     while (reached != rest) & (high > low + 1):
-        step = tl.maximum((high - low) >> 2, 1)
-        a, b, c = low + step, low + 2 * step, low + 3 * step
-        counts = (key >= a).to(tl.int64) + ((key >= b).to(tl.int64) << 21) + ((key >= c).to(tl.int64) << 42)
-        counts = tl.sum(counts, axis=0)
-        at_a, at_b = (counts & 0x1FFFFF).to(tl.int32), ((counts >> 21) & 0x1FFFFF).to(tl.int32)
-        at_c = (counts >> 42).to(tl.int32)
-        high = tl.where(at_c >= rest, high, tl.where(at_b >= rest, c, tl.where(at_a >= rest, b, a)))
-        low = tl.where(at_c >= rest, c, tl.where(at_b >= rest, b, tl.where(at_a >= rest, a, low)))
-        reached = tl.where(at_c >= rest, at_c, tl.where(at_b >= rest, at_b, tl.where(at_a >= rest, at_a, reached)))
+        step = tl.maximum((high - low) // 3, 1)
+        a, b = low + step, low + 2 * step
+        counts = tl.sum((key >= a).to(COUNTS) + ((key >= b).to(COUNTS) << BITS), axis=0)
+        at_a, at_b = (counts & ((1 << BITS) - 1)).to(tl.int32), (counts >> BITS).to(tl.int32)
+        high = tl.where(at_b >= rest, high, tl.where(at_a >= rest, b, a))
+        low = tl.where(at_b >= rest, b, tl.where(at_a >= rest, a, low))
+        reached = tl.where(at_b >= rest, at_b, tl.where(at_a >= rest, at_a, reached))
     chosen = key >= low
     if reached > rest:  # of equal keys, the lower pages
         tied = key == low
@@ -527,3 +527,51 @@ def combine_kernel(
         total = tl.where(some, finite + tl.log2(tl.where(some, norm, 1.0)) / LOG2E, float("-inf"))
         tl.store(cache_lse + slot, total)
         tl.store(cache_out + slot * HS + i, result)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beside attention
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x * x) + eps) * weight over the last axis; x (..., dim), weight (dim,)."""
+    assert x.is_contiguous() and weight.is_contiguous(), "x and weight must be contiguous"
+    y, dim = torch.empty_like(x), x.shape[-1]
+    rms_norm_kernel[(x.numel() // dim,)](x, weight, y, dim, eps, DIM=triton.next_power_of_2(dim))
+    return y
+
+
+@triton.jit
+def rms_norm_kernel(x, weight, y, dim, eps, DIM: tl.constexpr):
+    """y = x / sqrt(mean(x * x) + eps) * weight
+
+    Grid (rows,): a program has one row. Reads and writes rows * dim * e bytes each way, and reads the weights.
+    """
+    i = tl.arange(0, DIM)
+    row = tl.program_id(0).to(tl.int64) * dim
+    values = tl.load(x + row + i, mask=i < dim, other=0.0).to(tl.float32)  # (DIM,)
+    w = tl.load(weight + i, mask=i < dim, other=0.0).to(tl.float32)  # (DIM,)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / dim + eps)
+    tl.store(y + row + i, (values * scale * w).to(y.dtype.element_ty), mask=i < dim)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value; x (..., 2 * ffn_dim), the gates first -> (..., ffn_dim)."""
+    assert x.is_contiguous(), "x must be contiguous"
+    n, BLOCK = x.shape[-1] // 2, 1024
+    y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=x.dtype)
+    swiglu_kernel[(y.numel() // n, triton.cdiv(n, BLOCK))](x, y, n, BLOCK=BLOCK)
+    return y
+
+
+@triton.jit
+def swiglu_kernel(x, y, n, BLOCK: tl.constexpr):
+    """y = gate / (1 + exp(-gate)) * value
+
+    Grid (rows, blocks of n). Reads rows * 2 * n * e bytes, writes half of that.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    gate = tl.load(x + row * 2 * n + i, mask=i < n, other=0.0).to(tl.float32)  # (BLOCK,)
+    value = tl.load(x + row * 2 * n + n + i, mask=i < n, other=0.0).to(tl.float32)  # (BLOCK,)
+    tl.store(y + row * n + i, (gate / (1 + tl.exp2(-gate * LOG2E)) * value).to(y.dtype.element_ty), mask=i < n)

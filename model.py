@@ -508,10 +508,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w13 = None  # side by side, for decode steps
 
-    def forward(self, x, decoding: bool = False):
-        """(B, T, dim) -> the inner values (B, T, ffn_dim), before `w2`."""
-        gate, value = F.linear(x, *self.w13).chunk(2, dim=-1) if decoding else (self.w1(x), self.w3(x))
-        return F.silu(gate) * value
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
@@ -525,18 +523,22 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.packed = None  # where the weights lay when they were put side by side
 
-    def forward(self, x, cos, sin, retro=None, t=None):
-        """(B, T, dim) -> (B, T, dim). A decode step adds to x itself, in the products' epilogues: two kernels less."""
-        o = self.attention(self.attention_norm(x), cos, sin, retro, t)  # (B, T, n_head * hs)
-        if t is not None:
-            flat = x.flatten(0, 1)  # (B * W, dim)
-            flat.addmm_(o.flatten(0, 1), self.attention.wo.weight.T)
-            flat.addmm_(self.feed_forward(self.ffn_norm(flat), decoding=True), self.feed_forward.w2.weight.T)
-            return x
-        x = x + self.attention.wo(o)
+    def forward(self, x, cos, sin, retro=None):
+        """(B, T, dim) -> (B, T, dim), dense; with `retro` the prefill of a prompt."""
+        x = x + self.attention.wo(self.attention(self.attention_norm(x), cos, sin, retro))
         # A long prompt goes through in pieces, or the feed-forward's inner values would take most of the memory.
-        parts = [part + self.feed_forward.w2(self.feed_forward(self.ffn_norm(part))) for part in x.split(8192, dim=1)]
+        parts = [part + self.feed_forward(self.ffn_norm(part)) for part in x.split(8192, dim=1)]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def step(self, x, cos, sin, retro, t):
+        """The same for the W rows of a decode step at position `t`, in few kernels: (B, W, dim) -> x, changed in place."""
+        ops, flat = retro.ops, x.flatten(0, 1)  # (B * W, dim)
+        o = self.attention(ops.rms_norm(x, self.attention_norm.weight, self.attention_norm.eps), cos, sin, retro, t)
+        flat.addmm_(o.flatten(0, 1), self.attention.wo.weight.T)  # a product that adds to what is there
+        y = ops.rms_norm(flat, self.ffn_norm.weight, self.ffn_norm.eps)
+        y = ops.swiglu(F.linear(y, *self.feed_forward.w13))  # (B * W, ffn_dim)
+        flat.addmm_(y, self.feed_forward.w2.weight.T)
+        return x
 
     def pack(self):
         """Readies the layer for decode steps; again where the weights have been moved, cast or replaced since."""
@@ -569,7 +571,7 @@ class Llama(nn.Module):
         """(B, T) ids -> (B, T, dim) before the final norm; `retro` is a list, one RetroAttention a layer."""
         x = self.tok_embeddings(idx)  # (B, T, dim)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, retro[i] if retro else None, t)
+            x = layer(x, cos, sin, retro and retro[i]) if t is None else layer.step(x, cos, sin, retro[i], t)
         return x
 
     def logits(self, x):
@@ -584,6 +586,7 @@ class Llama(nn.Module):
         return self.logits(self.hidden(idx, *self.rope))
 
     @classmethod
+    @torch.inference_mode(False)  # a tensor made in inference mode could not be laid side by side with others later
     def from_checkpoint(
         cls,
         folder: str | Path,

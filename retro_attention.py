@@ -30,6 +30,7 @@ from fractions import Fraction
 from functools import cache, cached_property
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,21 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Beside attention: what a decode step computes between the layers' products
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x * x) + eps) * weight over the last axis; x (..., dim), weight (dim,)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value; x (..., 2 * ffn_dim), the gates first -> (..., ffn_dim)."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What a step changed, for whoever wants to look
 
 
@@ -380,7 +396,7 @@ class RetroAttention:
         cache.last_loaded[:, :, : -(-T // cache.config.page_size)] = T - 1
         cache.lse.fill_(-torch.inf)
         cache.exposure.zero_()
-        q = torch.nn.functional.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0)).contiguous()  # (B, W, n_head, hs)
+        q = F.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0)).contiguous()  # (B, W, n_head, hs)
         t = torch.tensor(T - 1, device=q.device)
         self.ops.combine(*self.ops.attend(q, cache, None, None, t), cache, t)
 

@@ -693,7 +693,22 @@ def test_kernels_in_random_configurations(seed):
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["equal", "zeros of both signs", "negative", "huge"])
+@pytest.mark.parametrize("rows, n, dtype", itertools.product([1, 5], [96, 1100], KERNEL_DTYPES))
+def test_kernels_beside_attention_equal_their_twins(rows, n, dtype):
+    """Sizes that are no power of two and more than a block, and gates whose exp overflows."""
+    gen = torch.Generator().manual_seed(n)
+    x = torch.randn(2, rows, 2 * n, generator=gen).to(DEVICE, dtype) * 3
+    x[0, 0, :8], weight = -200, torch.randn(2 * n, generator=gen).to(DEVICE, dtype)
+    wanted = retro_attention.rms_norm(x.double(), weight.double(), 1e-5)
+    assert_close(kernels.rms_norm(x, weight, 1e-5), wanted, dtype, "rms_norm")
+    assert_close(kernels.swiglu(x), retro_attention.swiglu(x.double()), dtype, "swiglu")
+    x = torch.full((1, 1, n), 1e-4, device=DEVICE, dtype=dtype)  # as small as eps
+    wanted = retro_attention.rms_norm(x.double(), weight[:n].double(), 1e-8)
+    assert_close(kernels.rms_norm(x, weight[:n], 1e-8), wanted, dtype, "rms_norm: eps")
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["equal", "few values", "zeros of both signs", "negative", "huge"])
 def test_select_kernel_ties_and_extremes(kind):
     """Equal scores go to the lower pages, also when they are 0.0 and -0.0; scores of any size keep their order."""
     config = RetroConfig(page_size=8, budget=0.4, min_tokens=8, window=4)
@@ -703,6 +718,7 @@ def test_select_kernel_ties_and_extremes(kind):
     scores = torch.randn(1, 2, held, generator=gen)
     scores = {
         "equal": torch.full_like(scores, -2.5),
+        "few values": scores.round(),
         "zeros of both signs": scores.sign() * 0.0,
         "negative": -scores.abs(),
         "huge": scores * torch.tensor([1e4, 1e37])[None, :, None],
@@ -714,6 +730,17 @@ def test_select_kernel_ties_and_extremes(kind):
         assert torch.equal(found[:, :, :S], wanted)
     if kind == "equal":  # 6 of 13 pages: the window's own, and the lowest of the others
         assert pages.tolist() == [[[0, 1, 2, 3, 4, 12]] * 2]
+
+
+@needs_triton
+@pytest.mark.parametrize("t", [32_000, 40_000])
+def test_select_kernel_of_many_pages(t):
+    """Beyond 32,768 pages two counts no longer fit 32 bits."""
+    cache, gen = cache_at(RetroConfig(page_size=1, budget=0.9), 1, 1, 1, 16, t, torch.float32, seed=t)
+    twin, position = copy.deepcopy(cache), torch.tensor(t, device=DEVICE)
+    scores = torch.randn(1, 1, cache.k.shape[2], generator=gen).to(DEVICE)
+    wanted, _ = retro_attention.select(scores[..., : t + 1].clone(), twin, position)
+    assert torch.equal(kernels.select(scores, cache, position)[0][..., : wanted.shape[2]], wanted)
 
 
 @needs_triton
@@ -860,6 +887,14 @@ def test_decoding_follows_the_weights():
         assert_decodes_its_own_forward(model, tokens)
         model.double().set_rope()
         assert_decodes_its_own_forward(model, tokens)
+
+
+def test_a_model_loaded_in_inference_mode_decodes():
+    """Its weights were inference tensors once, and no longer usable after they had been laid side by side."""
+    tokens, wanted = random_tokens(1, 12), Llama.from_checkpoint(TINY)
+    with torch.inference_mode():
+        model = Llama.from_checkpoint(TINY)
+        assert torch.equal(model.score(tokens, 5), wanted.score(tokens, 5)) and torch.equal(model(tokens), wanted(tokens))
 
 
 @pytest.mark.parametrize("retro", [None, SPARSE])

@@ -13,8 +13,8 @@ A window of training text is either book text, or tasks, with or without book te
 ledger    lines "name: number", then an order of names, then the answer: the same lines in that order.
 chain     shuffled lines "X wrote to Y.", then a start, then the answer: the letters followed from there, each line's end the
           next line's beginning. One slip derails the rest.
-relay     the same shuffled lines, then names, then for each name whom the receiver of its letter wrote to: a friend who is
-          never named has to be found on the way.
+votes     committees of one, three or five members, then every member's vote, then the answer: each committee and the vote of
+          its majority. Whoever reports it has looked up each member in passing, without writing down what was found.
 """
 
 import argparse
@@ -70,17 +70,25 @@ def chain(rng: random.Random, n: int) -> tuple[str, str]:
     return f"Letters\n{''.join(rng.sample(lines, n))}Follow the letters from {names[0]}\n", "".join(lines) + "\n"
 
 
-def relay(rng: random.Random, n: int) -> tuple[str, str]:
-    """Question of `n` lines (3 to len(NAMES)) and answers for up to 16 names."""
+def votes(rng: random.Random, n: int) -> tuple[str, str]:
+    """Question and answer of `n` people (1 to len(NAMES)), in committees of one, three or five."""
     names = rng.sample(NAMES, n)
-    receiver = dict(zip(names, names[1:] + names[:1], strict=True))
-    lines = [f"{a} wrote to {b}.\n" for a, b in receiver.items()]
-    asked = rng.sample(names, min(n, 16))
-    answer = "".join(f"{a} wrote to a friend, who wrote to {receiver[receiver[a]]}.\n" for a in asked)
-    return f"Letters\n{''.join(rng.sample(lines, n))}Relay from {', '.join(asked)}\n", answer + "\n"
+    vote = {name: rng.choice(["yes", "no"]) for name in names}
+    sizes = []
+    while sum(sizes) < n:
+        size = (1, 3, 5)[len(sizes) % 3]
+        sizes.append(size if sum(sizes) + size <= n else 1)
+    committees = [[names.pop() for _ in range(size)] for size in rng.sample(sizes, len(sizes))]
+    asked = "".join(", ".join(members) + "\n" for members in committees)
+    lines = "".join(f"{name}: {vote[name]}\n" for name in rng.sample(list(vote), n))
+    results = []
+    for members in committees:
+        majority = sorted(vote[name] for name in members)[len(members) // 2]
+        results.append(f"{', '.join(members)}: {majority}\n")
+    return f"Committees\n{asked}Votes\n{lines}Report\n", "".join(results) + "\n"
 
 
-TASKS = {"ledger": ledger, "chain": chain, "relay": relay}
+TASKS = {"ledger": ledger, "chain": chain, "votes": votes}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,6 +220,8 @@ def train(args):
     model = Llama(LlamaConfig.from_params(params, tie_embeddings=True)).to(device)
     model.set_rope()
     initialise(model)
+    if args.start is not None:
+        model.load_state_dict(torch.load(args.start / "consolidated.00.pth", map_location=device, weights_only=True))
     opts, step = optimizers(model, args), 0
     if args.state.exists():
         state = torch.load(args.state, map_location=device, weights_only=True)
@@ -313,6 +323,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("command", choices=["tokenizer", "train", "evaluate"])
     parser.add_argument("--data", type=Path, required=True, help="folder of train*.txt.xz and heldout.txt.xz")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="the checkpoint's folder")
+    parser.add_argument("--start", type=Path, help="folder of a checkpoint whose weights a new run begins with")
     parser.add_argument("--state", type=Path, default=Path("train_state.pt"), help="a run's weights, optimizers and step")
     parser.add_argument("--vocab_size", type=int, default=4096, help="256 special tokens included")
     parser.add_argument("--dim", type=int, default=384)
