@@ -27,10 +27,8 @@ import statistics
 import sys
 import time
 import timeit
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -52,41 +50,59 @@ def progress(text: str):
     print(f"[{time.time() - START:.0f} s] {text}", file=sys.stderr, flush=True)
 
 
+def table(title: str, head: list[str], rows: list[list[str]]):
+    """Prints columns as wide as they need to be: names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    print(f"\n{title}\n")
+    for name, *cells in [head, *rows]:
+        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)), sep="  ")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The neighbours: five other ways to decode, each small enough to be read beside its paper
 #
 # All get Quest's budget at every step: as many tokens as Quest's pages hold when the last one is full. (One that evicts fills
 # up a budget that grows with the text by new tokens only.) Prefill is dense for all, and so are the first `dense_layers`.
-# What is read beyond the budget, page bounds and dense passes, is counted in `pages_read`.
+# What is read beyond the budget, page bounds and dense passes, is counted in `kv_share`.
 
 SINKS = 4  # StreamingLLM's first tokens, which take the attention that has nowhere to go
 REFRESH = 32  # steps between two dense passes of RefreshKV and of ReSA
 
 
 class Neighbour:
-    """Stands in for a layer's RetroAttention, with the same two methods, on the same cache."""
+    """Stands in for a layer's RetroAttention on the same cache. What is evicted stays in memory, and is not read again.
+
+    A neighbour says which tokens are `visible` at a step, and may learn from the attention that they got.
+    """
 
     ops, hook = retro_attention, None
 
     def __init__(self, cache: LayerCache):
-        self.cache = cache
+        self.cache, self.ranks = cache, []
 
     def prefill(self, q, k, v):
         self.prompt_len = k.shape[1]
         store(k, v, self.cache, self.prompt_len - 1)
+        self.learn(self.attention(q[:, -1:], *self.tokens(self.prompt_len - 1))[1], self.prompt_len - 1)
 
+    def decode(self, q, k, v, cos, sin, t):
+        q, t = write(q, k, v, cos, sin, self.cache, t), int(t)
+        o, weight = self.attention(q, *self.tokens(t), self.visible(t))
+        self.learn(weight, t)
+        return o
 
-class TokenPolicy(Neighbour):
-    """Chooses single tokens and not pages. Nothing is moved in memory: what is evicted is just not read again."""
+    def learn(self, weight: torch.Tensor, t: int):
+        """Told what the query at t, first the prompt's last, gave its tokens: (B, n_kv_head, G, t+1)."""
 
     def allowed(self, t: int) -> int:
         """Tokens that may be read at position t."""
         return self.cache.config.pages_selected(t) * self.cache.config.page_size
 
-    def keys_and_values(self, t: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cache.k.flatten(2, 3)[:, :, : t + 1], self.cache.v.flatten(2, 3)[:, :, : t + 1]  # (B, n_kv_head, t+1, hs)
+    def tokens(self, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of positions 0 .. t, (B, n_kv_head, t+1, hs) each."""
+        return self.cache.k.flatten(2, 3)[:, :, : t + 1], self.cache.v.flatten(2, 3)[:, :, : t + 1]
 
-    def softmax(self, q, k, v, visible=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def attention(self, q, k, v, visible=None) -> tuple[torch.Tensor, torch.Tensor]:
         """One row q (B, 1, n_head, hs), rotated, over T keys -> output (B, 1, n_head, hs), weights (B, n_kv_head, G, T).
 
         `visible` is bool and broadcasts to (B, n_kv_head, T).
@@ -100,71 +116,61 @@ class TokenPolicy(Neighbour):
         return (weight @ v.to(acc)).flatten(1, 2)[:, None].to(q.dtype), weight
 
 
-class StreamingLLM(TokenPolicy):
+class StreamingLLM(Neighbour):
     """Keeps the first 4 tokens and the newest, numbered anew as if nothing had stood in between (Xiao et al., ICLR 2024).
 
     Only distances matter to RoPE, so instead of renumbering all, the sinks move forward to just before the recent tokens.
     """
 
-    def prefill(self, q, k, v):
-        super().prefill(q, k, v)
-        self.first = SINKS  # the oldest recent token; never goes back, even when the budget grows: evicted is gone
+    first = SINKS  # the oldest recent token; never goes back, even when the budget grows: evicted is gone
 
     def decode(self, q, k, v, cos, sin, t):
         q, t = write(q, k, v, cos, sin, self.cache, t), int(t)
         self.first = max(self.first, t + 1 - max(1, self.allowed(t) - SINKS))
-        k, v = self.keys_and_values(t)
+        k, v = self.tokens(t)
         moved = slice(self.first - SINKS, self.first - SINKS + 1)
         sinks = apply_rope(k[:, :, :SINKS].transpose(1, 2), cos[moved], sin[moved]).transpose(1, 2)  # (B, n_kv_head, 4, hs)
         k = torch.cat((sinks, k[:, :, self.first :]), dim=2)
         v = torch.cat((v[:, :, :SINKS], v[:, :, self.first :]), dim=2)
-        return self.softmax(q, k, v)[0]
+        return self.attention(q, k, v)[0]
 
 
-class TOVA(TokenPolicy):
+class TOVA(Neighbour):
     """Evicts the token with the least attention of the newest query, averaged over the layer's heads (Oren et al., 2024)."""
 
-    def prefill(self, q, k, v):
-        super().prefill(q, k, v)
-        t = self.prompt_len - 1
-        self.kept = torch.ones(len(k), t + 1, dtype=torch.bool, device=k.device)  # (B, t+1)
-        self.evict(self.softmax(q[:, -1:], *self.keys_and_values(t))[1], t)
-
-    def evict(self, weight: torch.Tensor, t: int):
-        """Leaves what the next step may read, less the token that it brings. weight (B, n_kv_head, G, t+1)."""
+    def learn(self, weight, t):
+        """Leaves what the next step may read, less the token that it brings."""
+        if t < self.prompt_len:
+            self.kept = torch.ones_like(weight[:, 0, 0], dtype=torch.bool)  # (B, t+1)
         mean = weight.mean(dim=(1, 2)).masked_fill(~self.kept, -1)  # (B, t+1)
         best = mean.topk(min(t + 1, self.allowed(t + 1) - 1)).indices
         self.kept &= torch.zeros_like(self.kept).scatter(1, best, True)
 
-    def decode(self, q, k, v, cos, sin, t):
-        q, t = write(q, k, v, cos, sin, self.cache, t), int(t)
+    def visible(self, t):
         self.kept = pad(self.kept, (0, 1), value=True)  # (B, t+1)
-        o, weight = self.softmax(q, *self.keys_and_values(t), self.kept[:, None])
-        self.evict(weight, t)
-        return o
+        return self.kept[:, None]
 
 
-class RefreshKV(TokenPolicy):
+class RefreshKV(Neighbour):
     """Reads a small set of tokens, and every 32nd step all, by whose attention the set is chosen anew (Xu et al., 2024).
 
     The set is a KV head's: the tokens with the most attention of its query heads. Tokens since then are all in it.
     """
 
-    def prefill(self, q, k, v):
-        super().prefill(q, k, v)
-        self.importance = self.softmax(q[:, -1:], *self.keys_and_values(self.prompt_len - 1))[1].mean(dim=2)
+    def refreshes(self, t: int) -> bool:
+        return (t - self.prompt_len + 1) % REFRESH == 0  # also at the prompt's last token
 
-    def decode(self, q, k, v, cos, sin, t):
-        q, t = write(q, k, v, cos, sin, self.cache, t), int(t)
-        if (t - self.prompt_len + 1) % REFRESH == 0:
-            o, weight = self.softmax(q, *self.keys_and_values(t))
+    def learn(self, weight, t):
+        if self.refreshes(t):
             self.importance = weight.mean(dim=2)  # (B, n_kv_head, t+1)
-            return o
+
+    def visible(self, t):
+        if self.refreshes(t):
+            return None
         # Above every weight, the newest highest: as the tokens come, the least important of the set make room.
         self.importance = pad(self.importance, (0, 1), value=1 + t)
         best = self.importance.topk(min(t + 1, self.allowed(t))).indices
-        visible = torch.zeros_like(self.importance, dtype=torch.bool).scatter(2, best, True)
-        return self.softmax(q, *self.keys_and_values(t), visible)[0]
+        return torch.zeros_like(self.importance, dtype=torch.bool).scatter(2, best, True)
 
 
 class SelectionReuse(Neighbour):
@@ -179,23 +185,17 @@ class SelectionReuse(Neighbour):
             self.scores = score(q, self.cache, t)  # (B, n_kv_head, pages held); `select` sets the newest page's to infinity
         held = int(t) // self.cache.config.page_size + 1
         self.scores = pad(self.scores, (0, held - self.scores.shape[2]))  # a page begun since
-        o, lse = attend(q, self.cache, *select(self.scores, self.cache, t), t)
-        return combine(o, lse, self.cache, t)
+        return combine(*attend(q, self.cache, *select(self.scores, self.cache, t), t), self.cache, t)
 
 
 class ReSA(Decoder):
     """Quest, and after every 32nd step a dense pass over the last 32 tokens that overwrites their KV (Sun et al., 2025)."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.dense_twins = []  # the same memory, attended densely, with no output cache
-        for layer in self.layers:
-            twin = copy.copy(layer)
-            twin.dense, twin.cache = True, replace(layer.cache, out=None, lse=None)
-            self.dense_twins.append(twin)
-
     def prefill(self, idx):
         self.prompt_len = idx.shape[1]
+        self.dense_twins = [copy.copy(layer) for layer in self.layers]
+        for twin in self.dense_twins:  # the same memory, attended densely, with no output cache
+            twin.dense, twin.cache = True, replace(twin.cache, out=None, lse=None)
         return super().prefill(idx)
 
     @torch.inference_mode()
@@ -226,33 +226,43 @@ def new_decoder(name: str, retro: RetroConfig | None, model: Llama, B: int, leng
     return decoder
 
 
-def pages_read(name: str, retro: RetroConfig, t: int, step: int) -> float:
-    """Pages' worth of K and V that a sparse layer reads per KV head at position t, the step-th behind the prompt (from 1).
-
-    A page's bounds are two vectors, one token's worth; Quest reads them for all pages held.
-    """
-    selected, held = retro.pages_selected(t), t // retro.page_size + 1
-    bounds, refresh = held / retro.page_size, step % REFRESH == 0
-    if name in ("StreamingLLM", "TOVA"):
-        return selected
-    if name == "selection reuse":
-        return selected + bounds * (step % 2)
-    if name == "RefreshKV":
-        return held if refresh else selected
-    return selected + bounds + held * (name == "ReSA" and refresh)
-
-
 def kv_share(name: str, retro: RetroConfig | None, n_layer: int, steps: range) -> float:
-    """KV bytes read by the decode steps at these positions, all layers, as a share of full attention's."""
+    """KV bytes read by the decode steps at these positions, all layers, as a share of full attention's.
+
+    Counted in pages a KV head. A page's bounds are two vectors, one token's worth; Quest reads them for all pages held.
+    """
     if retro is None or not steps:
         return 1.0
-    held = sum(t // retro.page_size + 1 for t in steps)
-    share = sum(pages_read(name, retro, t, i + 1) for i, t in enumerate(steps)) / held
-    return (share * (n_layer - retro.dense_layers) + retro.dense_layers) / n_layer
+    total = read = 0
+    for step, t in enumerate(steps, 1):
+        selected, held = retro.pages_selected(t), t // retro.page_size + 1
+        bounds, dense = held / retro.page_size, held * (step % REFRESH == 0)
+        total += held
+        if name in ("StreamingLLM", "TOVA"):
+            read += selected
+        elif name == "selection reuse":
+            read += selected + bounds * (step % 2)
+        elif name == "RefreshKV":
+            read += dense or selected
+        else:
+            read += selected + bounds + dense * (name == "ReSA")
+    return (read / total * (n_layer - retro.dense_layers) + retro.dense_layers) / n_layer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Text
+# Model and text
+
+
+def setup(args) -> tuple[RetroConfig, Llama, Tokenizer]:
+    """What all measurements of quality need: the budget as a configuration of Quest, the model, its tokenizer."""
+    device = choose_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    limits = {name: getattr(args, name) for name in ("page_size", "budget", "min_tokens", "dense_layers", "impl")}
+    retro = RetroConfig(window=1, **limits)
+    _, tok = load(args)
+    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    return retro, Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype), tok
 
 
 def read_text(path: str) -> str:
@@ -286,6 +296,8 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # quality
 
+PARTS = 8  # of the decoded text and of an answer, to report on one by one
+
 
 def forced(decoder: Decoder, idx: torch.Tensor, prefix: int):
     """Feeds tokens prefix .. T-2 of idx (B, T) one by one. Yields, for each, the log-probabilities of the next (B, vocab) and
@@ -309,32 +321,30 @@ def forced(decoder: Decoder, idx: torch.Tensor, prefix: int):
             hook.remove()
 
 
-def fidelity(steps, full: list, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+def fidelity(steps, full: list, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Steps of a method against full attention's: KL (B, L), nats lost on the text's own tokens `targets` (B, L), and the error
-    of each layer's attention output relative to its length (B, n_layer), a mean over steps."""
+    of each layer's attention output relative to its length (n_layer), a mean over steps and passages."""
     kl, gap, error = [], [], []
     for (logp, out), (logp_full, out_full), target in zip(steps, full, targets.T, strict=True):
         kl.append((logp_full.exp() * (logp_full - logp)).sum(dim=-1))  # (B,)
         gap.append((logp_full - logp).gather(1, target[:, None])[:, 0])  # (B,)
         error.append((out - out_full).norm(dim=-1) / out_full.norm(dim=-1))  # (n_layer, B)
-    return {"kl": torch.stack(kl, 1).cpu(), "gap": torch.stack(gap, 1).cpu(), "error": torch.stack(error).mean(dim=0).T.cpu()}
+    return torch.stack(kl, 1).cpu(), torch.stack(gap, 1).cpu(), torch.stack(error).mean(dim=(0, 2)).cpu()
 
 
 def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch.Tensor, list[str], int]:
     """Questions (B, prefix), their answers' texts, and the tokens of the longest. In front of each question, other tasks with
     their answers fill the prompt up."""
-    rng, rows, answers = random.Random(args.seed), [], []
+    rng, rows, answers, start = random.Random(args.seed), [], [], [tok.bos] * (tok.bos is not None)
     while len(rows) < args.questions:
         question, answer = TASKS[name](rng, args.entries)
         ids, before = tok.encode(question), []
-        room = args.prefix - len(ids) - (tok.bos is not None)
-        if room < 0:
-            raise ValueError(
-                f"prefix must be at least {args.prefix - room} for {args.entries} entries of {name}, not {args.prefix}"
-            )
-        while len(before) < room:
+        least = len(start) + len(ids)
+        if args.prefix < least:
+            raise ValueError(f"prefix must be at least {least} for {args.entries} entries of {name}, not {args.prefix}")
+        while len(before) < args.prefix - least:
             before = tok.encode("".join(rng.choice(list(TASKS.values()))(rng, min(32, args.entries)))) + before
-        rows.append([tok.bos] * (tok.bos is not None) + before[len(before) - room :] + ids)
+        rows.append(start + before[len(before) - (args.prefix - least) :] + ids)
         answers.append(answer)
     steps = max(len(tok.encode(answer)) for answer in answers)
     most = model.config.max_seq_len - steps
@@ -348,29 +358,41 @@ def lines_right(decoder: Decoder, idx: torch.Tensor, answers: list[str], tok: To
     out = torch.stack(list(decoder.stream(idx, steps, temperature=0)), dim=1).tolist()
     right = []
     for ids, answer in zip(out, answers, strict=True):
-        wanted = answer.strip("\n").split("\n")
-        got = tok.decode(ids).split("\n") + [None] * len(wanted)
-        right.append([a == b for a, b in zip(got[: len(wanted)], wanted, strict=True)])
+        wanted, got = answer.strip("\n").split("\n"), tok.decode(ids).split("\n")
+        right.append([a == b for a, b in itertools.zip_longest(wanted, got[: len(wanted)])])
     return torch.tensor(right).double()
 
 
-def parts(x: torch.Tensor, n: int) -> list[float]:
-    """Means of x (B, L) over n parts of its length, as equal as they can be."""
-    return [part.mean().item() for part in x.double().tensor_split(min(n, x.shape[1]), dim=1)]
+def part_ends(L: int) -> list[int]:
+    """0, and where each part of L positions ends: parts as equal as they can be."""
+    return [0, *itertools.accumulate(len(part) for part in torch.arange(L).tensor_split(min(PARTS, L)))]
 
 
-def against(x: torch.Tensor, quest: torch.Tensor) -> list[float]:
-    """Mean difference to Quest, and its standard error over passages: paired, each passage with itself."""
-    difference = (x - quest).double().mean(dim=1)  # (B,)
-    return [difference.mean().item(), difference.std().item() / math.sqrt(len(difference))]
+def signed(pair: list[float], form: str) -> str:
+    return f"{pair[0]:+{form}} ±{pair[1]:{form}}"
 
 
-def each_method(what: str, args, retro: RetroConfig, model: Llama, B: int, T: int):
-    """Yields each method's name, a fresh decoder, and the share of KV bytes that it reads at the positions prefix .. T-2."""
+def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], rows: dict[str, dict]):
+    """Adds to each method's row what there is to say of its values (B, L): their mean, the difference to Quest, with a standard
+    error over passages that is paired, each passage with itself; and the means over parts of L. Prints them, too."""
+    ends = part_ends(values["Quest"].shape[1])
+    lines = []
+    for method, x in values.items():
+        difference = (x - values["Quest"]).double().mean(dim=1)  # (B,)
+        to_quest = [difference.mean().item(), difference.std().item() / math.sqrt(len(difference))]
+        by_position = [part.mean().item() for part in x.double().tensor_split(ends[1:-1], dim=1)]
+        rows[method] |= {name: x.mean().item(), f"{name}_to_quest": to_quest, f"{name}_by_position": by_position}
+        figures = [format(y, form) for y in (x.mean().item(), *by_position)]
+        lines.append([method, f"{rows[method]['kv_share']:.1%}", figures[0], signed(to_quest, form), *figures[1:]])
+    table(title, ["", "KV read", "mean", "to Quest", *(f"{a + 1}-{b}" for a, b in itertools.pairwise(ends))], lines)
+
+
+def each_method(what: str, args, retro: RetroConfig, model: Llama, rows: dict[str, dict], B: int, T: int):
+    """Yields each method's name and a fresh decoder; notes the share of KV bytes that it reads at positions prefix .. T-2."""
     for name, config in methods(retro, args.windows, neighbours=True).items():
         progress(f"{what}: {name}")
-        share = kv_share(name, config, model.config.n_layer, range(args.prefix, T - 1))
-        yield name, new_decoder(name, config, model, B, T), share
+        rows[name] = {"kv_share": kv_share(name, config, model.config.n_layer, range(args.prefix, T - 1))}
+        yield name, new_decoder(name, config, model, B, T)
 
 
 def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> dict:
@@ -378,107 +400,40 @@ def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> d
 
     Full attention's distributions are kept for that: passages * length * vocabulary numbers.
     """
-    B, T = idx.shape
-    full, seen, shares = [], {}, {}
-    for name, decoder, shares[name] in each_method("text", args, retro, model, B, T):
+    full, kl, gap, rows = [], {}, {}, {}
+    for name, decoder in each_method("text", args, retro, model, rows, *idx.shape):
         steps = forced(decoder, idx, args.prefix)
         full = full or list(steps)
-        seen[name] = fidelity(full if name == "full" else steps, full, idx[:, args.prefix + 1 :])
-    rows = {
-        name: {
-            "kv_share": shares[name],
-            "kl": x["kl"].mean().item(),
-            "kl_to_quest": against(x["kl"], seen["Quest"]["kl"]),
-            "gap": x["gap"].mean().item(),
-            "gap_to_quest": against(x["gap"], seen["Quest"]["gap"]),
-            "kl_by_position": parts(x["kl"], args.buckets),
-            "gap_by_position": parts(x["gap"], args.buckets),
-            "attention_error": x["error"].mean(dim=0).tolist(),
-        }
-        for name, x in seen.items()
-    }
-    edges = [0] + [len(part) for part in torch.arange(args.length).tensor_split(min(args.buckets, args.length))]
-    return {"positions": torch.tensor(edges).cumsum(0).tolist(), "rows": rows}
+        kl[name], gap[name], error = fidelity(full if name == "full" else steps, full, idx[:, args.prefix + 1 :])
+        rows[name]["attention_error"] = error.tolist()
+    source = args.text or "text sampled from the checkpoint"
+    print(f"\n{args.passages} passages of {source}: {args.prefix} tokens of prompt, {args.length} decoded, teacher-forced")
+    compare("KL to full attention, by position behind the prompt", "kl", ".5f", kl, rows)
+    compare("Nats a token lost, by position behind the prompt", "gap", ".4f", gap, rows)
+    errors = [[name, *(f"{x:.3f}" for x in row["attention_error"])] for name, row in rows.items()]
+    title = "Attention outputs: distance to full attention's, relative to their length"
+    table(title, ["", *(f"layer {i}" for i in range(model.config.n_layer))], errors)
+    return {"positions": part_ends(args.length), "rows": rows}
 
 
 def task_quality(task: str, questions: tuple, args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict:
     """Free-running: every method answers the same questions by itself."""
     idx, answers, steps = questions
-    seen, shares = {}, {}
-    for name, decoder, shares[name] in each_method(task, args, retro, model, len(idx), args.prefix + steps):
-        seen[name] = lines_right(decoder, idx, answers, tok, steps)
-    return {
-        name: {
-            "kv_share": shares[name],
-            "right": x.mean().item(),
-            "right_to_quest": against(x, seen["Quest"]),
-            "right_by_quarter": parts(x, 4),
-        }
-        for name, x in seen.items()
-    }
-
-
-def table(title: str, head: list[str], rows: list[list[str]]):
-    """Prints columns as wide as they need to be: names to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    print(f"\n{title}\n")
-    for row in [head, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
-
-
-def signed(pair: list[float], digits: int) -> str:
-    return f"{pair[0]:+.{digits}f} ±{pair[1]:.{digits}f}"
-
-
-def show_text(text: dict, args):
-    rows = text["rows"].items()
-    head = ["method", "KV read", "KL", "to Quest", "nats/token lost", "to Quest"]
-    figures = [
-        [name, f"{r['kv_share']:.1%}", f"{r['kl']:.5f}", signed(r["kl_to_quest"], 5), f"{r['gap']:+.4f}",
-         signed(r["gap_to_quest"], 4)]
-        for name, r in rows
-    ]  # fmt: skip
-    source = args.text or "text sampled from the checkpoint"
-    title = f"{args.passages} passages of {source}: {args.prefix} tokens of prompt, {args.length} decoded, teacher-forced"
-    table(title, head, figures)
-    spans = [f"{a + 1}-{b}" for a, b in zip(text["positions"], text["positions"][1:], strict=False)]
-    layers = [f"layer {i}" for i in range(len(text["rows"]["full"]["attention_error"]))]
-    for title, columns, key, form in (
-        ("KL by position behind the prompt", spans, "kl_by_position", ".5f"),
-        ("Nats a token lost, by position behind the prompt", spans, "gap_by_position", "+.4f"),
-        ("Attention outputs: distance to full attention's, relative to their length", layers, "attention_error", ".3f"),
-    ):
-        table(title, ["method", *columns], [[name, *(format(x, form) for x in r[key])] for name, r in rows])
-
-
-def show_task(task: str, rows: dict, args):
-    figures = [
-        [name, f"{r['kv_share']:.1%}", f"{r['right']:.1%}", signed([100 * x for x in r["right_to_quest"]], 1),
-         *(f"{x:.0%}" for x in r["right_by_quarter"])]
-        for name, r in rows.items()
-    ]  # fmt: skip
+    right, rows = {}, {}
+    for name, decoder in each_method(task, args, retro, model, rows, len(idx), args.prefix + steps):
+        right[name] = lines_right(decoder, idx, answers, tok, steps)
     title = f"{task}: {args.questions} questions of {args.entries} entries, answers free-running, lines exactly right"
-    quarters = [f"quarter {i + 1}" for i in range(len(rows["full"]["right_by_quarter"]))]
-    table(title, ["method", "KV read", "right", "to Quest (points)", *quarters], figures)
-
-
-# A few minutes on two CPU cores, in place of the defaults; what is given on the command line goes before.
-QUICK = {"passages": 8, "prefix": 1024, "length": 96, "questions": 8, "entries": 12}
+    compare(title, "right", ".1%", right, rows)
+    return rows
 
 
 def quality(args) -> dict:
-    at_least(args, passages=2, prefix=1, length=1, questions=0, entries=1, buckets=1)
-    if args.questions == 1 or args.entries > len(NAMES):
-        raise ValueError(f"questions must not be 1 and entries at most {len(NAMES)}, not {args.questions} and {args.entries}")
+    if args.entries > len(NAMES):
+        raise ValueError(f"entries must be at most {len(NAMES)}, not {args.entries}")
     retro, model, tok = setup(args)
-    questions = {task: task_questions(task, args, model, tok) for task in args.tasks} if args.questions else {}
-    results = {"text": text_quality(passages(args, model, tok), args, retro, model), "tasks": {}}
-    show_text(results["text"], args)
-    for task in questions:
-        results["tasks"][task] = task_quality(task, questions[task], args, retro, model, tok)
-        show_task(task, results["tasks"][task], args)
-    return results
+    questions = {task: task_questions(task, args, model, tok) for task in args.tasks}  # names a mistake before the long work
+    text = text_quality(passages(args, model, tok), args, retro, model)
+    return {"text": text, "tasks": {task: task_quality(task, questions[task], args, retro, model, tok) for task in questions}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -487,10 +442,6 @@ def quality(args) -> dict:
 
 class PageRanks(Neighbour):
     """Attends to everything, and notes at each step in which order Quest would have taken the pages."""
-
-    def prefill(self, q, k, v):
-        super().prefill(q, k, v)
-        self.ranks = []
 
     def decode(self, q, k, v, cos, sin, t):
         q = write(q, k, v, cos, sin, self.cache, t)
@@ -514,32 +465,35 @@ def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> li
     return torch.stack(shares).mean(dim=0).tolist()
 
 
+def fed(decoder: Decoder, idx: torch.Tensor, prefix: int) -> Decoder:
+    """The decoder after the prompt and tokens prefix .. T-2."""
+    decoder.prefill(idx[:, :prefix])
+    for token in idx[:, prefix:-1].T:
+        decoder.step(token)
+    return decoder
+
+
 def page_overlaps(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> dict[int, list[float]]:
     """Distance -> overlap with the past query's top-k and next-k, a mean over the sparse layers (paper, figure 2b)."""
     progress("pages wanted with full attention")
     decoder = Decoder(model, len(idx), replace(retro, impl="torch"), idx.shape[1])
     layers = [PageRanks(layer.cache) for layer in decoder.layers[retro.dense_layers :]]
     decoder.layers[retro.dense_layers :] = layers
-    deque(forced(decoder, idx, args.prefix), maxlen=0)
+    fed(decoder, idx, args.prefix)
     selected = [retro.pages_selected(t) for t in range(args.prefix, idx.shape[1] - 1)]
-    return {
-        d: torch.tensor([overlap(layer.ranks, selected, d) for layer in layers]).mean(dim=0).tolist()
-        for d in range(1, args.distance + 1)
-    }
+    by_layer = {d: [overlap(layer.ranks, selected, d) for layer in layers] for d in range(1, args.distance + 1)}
+    return {d: torch.tensor(shares).mean(dim=0).tolist() for d, shares in by_layer.items()}
 
 
 def effective_budget(retro: RetroConfig, args, model: Llama, idx: torch.Tensor) -> float:
     """Pages that a query is exposed to in the end, in a unit of those selected for it (paper, figure 2c)."""
     progress(f"exposure: W={retro.window}")
-    decoder = Decoder(model, len(idx), retro, idx.shape[1])
-    deque(forced(decoder, idx, args.prefix), maxlen=0)
-    counts = sum(layer.cache.exposure.sum((0, 1)) for layer in decoder.layers if not layer.dense)
-    loaded, first_seen = counts.tolist()
+    layers = fed(Decoder(model, len(idx), retro, idx.shape[1]), idx, args.prefix).layers
+    loaded, first_seen = sum(layer.cache.exposure.sum((0, 1)) for layer in layers if not layer.dense).tolist()
     return 1 + first_seen / loaded
 
 
 def exposure(args) -> dict:
-    at_least(args, passages=1, prefix=1, length=2, distance=1)
     if args.distance >= args.length:
         raise ValueError(f"distance must be between 1 and length - 1 = {args.length - 1}, not {args.distance}")
     retro, model, tok = setup(args)
@@ -547,10 +501,9 @@ def exposure(args) -> dict:
         raise ValueError(f"dense_layers must be at most {model.config.n_layer - 1}, not {retro.dense_layers}: no layer selects")
     idx = passages(args, model, tok)
     overlaps = page_overlaps(args, retro, model, idx)
-    windows = sorted({1, *args.windows})
-    budgets = {w: effective_budget(replace(retro, window=w), args, model, idx) for w in windows}
-    rows = [[str(d), f"{top:.1%}", f"{beyond:.1%}", f"{top + beyond:.1%}"] for d, (top, beyond) in overlaps.items()]
+    budgets = {w: effective_budget(replace(retro, window=w), args, model, idx) for w in sorted({1, *args.windows})}
     title = "Pages wanted now that a past query had in its top-k or next-k (full attention)"
+    rows = [[str(d), f"{top:.1%}", f"{beyond:.1%}", f"{top + beyond:.1%}"] for d, (top, beyond) in overlaps.items()]
     table(title, ["steps back", "top-k", "next-k", "both"], rows)
     rows = [[str(w), f"{x:.3f}x"] for w, x in budgets.items()]
     table("Pages a query meets in the end, in units of those selected for it", ["W", "exposure"], rows)
@@ -610,16 +563,12 @@ def read_answers(text: str) -> dict[int, float]:
     return found
 
 
-def finished_runs(out: Path) -> list[dict]:
+def finished_runs(out: Path) -> dict[str, dict]:
     """The records in the file. A last line without its end was cut off by an interruption: it is dropped from the file."""
-    if not out.exists():
-        return []
-    text = read_text(out)
+    text = read_text(out) if out.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     try:
-        records = [json.loads(line) for line in whole.splitlines()]
-        if not all(record["run"] and "right" in record for record in records):
-            raise KeyError
+        records = {json.dumps(record["run"]): record for record in map(json.loads, whole.splitlines())}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"out {out}: exists, and is not a file of this command's results") from None
     if whole != text:
@@ -632,75 +581,55 @@ def longgen_jobs(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
     pairs = read_questions(args.questions, args.examples + args.prompts * max(args.n))
     settings = {"checkpoint": str(args.checkpoint), "questions": args.questions, "dtype": str(model.norm.weight.dtype)}
     settings |= {name: getattr(args, name) for name in ("examples", "answer_tokens", "chat")}
-    for n, i in itertools.product(args.n, range(args.prompts)):
+    for n, i in itertools.product(sorted(set(args.n)), range(args.prompts)):
         questions = pairs[args.examples + i * n : args.examples + (i + 1) * n]
         prompt = longgen_prompt(pairs[: args.examples], questions)
         ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
-        length = len(ids) + args.answer_tokens * n
-        if length > model.config.max_seq_len:
+        most = model.config.max_seq_len - args.answer_tokens * n
+        if len(ids) > most:
             raise ValueError(
-                f"n = {n}: a prompt of {len(ids)} tokens and {args.answer_tokens} answer_tokens for each question "
-                f"make {length}, the context is {model.config.max_seq_len}"
+                f"n = {n}: a prompt of {len(ids)} tokens; with {args.answer_tokens} answer_tokens for each of the "
+                f"questions the context has room for {most}"
             )
         for name, config in methods(retro, args.windows).items():
             run = settings | {"n": n, "prompt": i, "method": name, "retro": asdict(config) if config else None}
             yield run, config, ids, questions
 
 
-def answer_prompt(name, config, max_new_tokens: int, model, tok, ids: list[int], questions: list[dict]) -> dict:
+def answer_prompt(config, max_new_tokens: int, model, tok, ids: list[int], questions: list[dict]) -> dict:
     """One generation, greedy, until the model stops or has made `max_new_tokens`; and what of it is right."""
     prompt = torch.tensor([ids], device=model.norm.weight.device)  # (1, T)
-    decoder = new_decoder(name, config, model, 1, len(ids) + max_new_tokens)
+    decoder = Decoder(model, 1, config, len(ids) + max_new_tokens)
     new = torch.cat(list(decoder.stream(prompt, max_new_tokens, temperature=0, stop_tokens=tok.stop_tokens))).tolist()
     text = tok.decode([token for token in new if token not in tok.stop_tokens])
     found = read_answers(text)
-    return {
-        "right": [found.get(i) == pair["result"] for i, pair in enumerate(questions, 1)],
-        "answered": [i in found for i in range(1, len(questions) + 1)],
-        "tokens": len(new),
-        # The first token comes out of the prefill.
-        "kv_share": kv_share(name, config, model.config.n_layer, range(len(ids), len(ids) + len(new) - 1)),
-        "text": text,
-    }
-
-
-def longgen_records(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
-    """Yields a record for each prompt and method: from the file, or made now and put into the file at once."""
-    out = Path(args.out)
-    finished = finished_runs(out)
-    jobs = list(longgen_jobs(args, retro, model, tok))
-    with open(out, "a", encoding="utf-8") as file:
-        for run, config, ids, questions in jobs:
-            record = next((record for record in finished if record["run"] == run), None)
-            if record is None:
-                progress(f"n={run['n']}, prompt {run['prompt'] + 1} of {args.prompts}: {run['method']}")
-                new_tokens = args.answer_tokens * run["n"]
-                record = {"run": run} | answer_prompt(run["method"], config, new_tokens, model, tok, ids, questions)
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-            yield record
+    right = [found.get(i) == pair["result"] for i, pair in enumerate(questions, 1)]
+    answered = [i in found for i in range(1, len(questions) + 1)]
+    steps = range(len(ids), len(ids) + len(new) - 1)  # the first token comes out of the prefill
+    share = kv_share("", config, model.config.n_layer, steps)
+    return {"right": right, "answered": answered, "tokens": len(new), "kv_share": share, "text": text}
 
 
 def longgen(args) -> dict:
-    at_least(args, prompts=1, examples=1, answer_tokens=1)
-    args.n = sorted(set(args.n))
-    if args.n[0] < 1:
-        raise ValueError(f"n must be >= 1, not {args.n[0]}")
-    groups = {}
-    for record in longgen_records(args, *setup(args)):
-        groups.setdefault((record["run"]["n"], record["run"]["method"]), []).append(record)
-    results = [
-        {"n": n, "method": method}
-        | {x: np.mean([r[x] for r in group]).item() for x in ("right", "answered", "tokens", "kv_share")}
-        for (n, method), group in groups.items()
-    ]
-    rows = [
-        [f"n={r['n']} {r['method']}", f"{r['kv_share']:.1%}", f"{r['right']:.1%}", f"{r['answered']:.1%}", f"{r['tokens']:.0f}"]
-        for r in results
-    ]
+    retro, model, tok = setup(args)
+    finished, groups = finished_runs(Path(args.out)), {}
+    jobs = list(longgen_jobs(args, retro, model, tok))
+    with open(args.out, "a", encoding="utf-8") as file:
+        for run, config, ids, questions in jobs:
+            record = finished.get(json.dumps(run))
+            if record is None:
+                progress(f"n={run['n']}, prompt {run['prompt'] + 1} of {args.prompts}: {run['method']}")
+                record = {"run": run} | answer_prompt(config, args.answer_tokens * run["n"], model, tok, ids, questions)
+                print(json.dumps(record), file=file, flush=True)
+            groups.setdefault((run["n"], run["method"]), []).append(record)
+    rows, lines = [], []
+    for (n, method), group in groups.items():
+        row = {x: np.mean([record[x] for record in group]).item() for x in ("right", "answered", "tokens", "kv_share")}
+        rows.append({"n": n, "method": method} | row)
+        lines.append([f"n={n} {method}", *(f"{row[x]:.1%}" for x in ("kv_share", "right", "answered")), f"{row['tokens']:.0f}"])
     title = f"{args.prompts} prompts of n questions each; an unanswered question counts as wrong"
-    table(title, ["", "KV read", "right", "answered", "tokens"], rows)
-    return {"rows": results}
+    table(title, ["", "KV read", "right", "answered", "tokens"], lines)
+    return {"rows": rows}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -726,17 +655,23 @@ def times(run: Callable, n: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
-def microseconds(run: Callable) -> float:
-    """Median of 20 calls; on a GPU, of 20 replays of a CUDA graph, so that launches cost next to nothing."""
+def microseconds(stage: Callable, n: int) -> float:
+    """What a layer takes of n in a row: median of 20 times, on a GPU of 20 replays of a CUDA graph, without the launches."""
+
+    def run():
+        for i in range(n):
+            stage(i)
+
     run()  # compiles
+    replay = run
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        run = graph.replay
-    times(run, 3)
-    return 1e3 * statistics.median(times(run, 20))
+        replay = graph.replay
+    times(replay, 3)
+    return 1e3 * statistics.median(times(replay, 20)) / n
 
 
 def memory_rate(device: str) -> dict[str, float]:
@@ -753,14 +688,7 @@ def memory_rate(device: str) -> dict[str, float]:
 def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
     """Shape, dtype and memory rates; the first line of the output says them."""
     gpu = args.device == "cuda"
-    if args.shape != "tiny" and not gpu:
-        raise ValueError(f"shape must be tiny on a machine without a GPU, not {args.shape}")
-    for context, B in args.settings:
-        if context < 256 or B < 1:
-            raise ValueError(f"settings must have a context >= 256 and a batch >= 1, not {context}x{B}")
     shape = replace(SHAPES[args.shape], max_seq_len=max(context for context, _ in args.settings))
-    for w in args.windows:
-        RetroConfig(window=w)  # refuses a window before anything is measured
     rates = memory_rate(args.device)
     where = torch.cuda.get_device_name() if gpu else "No GPU: on the CPU, with the PyTorch reference"
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -792,31 +720,22 @@ def fill(cache: LayerCache, t: int):
 
 
 def layer_bytes(config: RetroConfig, shape: LlamaConfig, B: int, context: int, size: int) -> dict[str, int]:
-    """Bytes that each kernel of a layer must move, `size` a number of the model's; splits and padding are not in it.
+    """Bytes that a layer must read, `size` a number of the model's; splits and padding are not in it.
 
-    The floor of the four behind `write` is what no implementation gets around: the bounds of the pages held, and K and V of
-    the pages selected.
+    "four", the floor of the four kernels behind `write`, is what no implementation gets around: the bounds of the pages held,
+    and K and V of the pages selected.
     """
-    W, ps, hs, heads, t = config.window, config.page_size, shape.head_size, B * shape.n_kv_head, context - 1
-    held, selected, touched = t // ps + 1, config.pages_selected(t), t // ps - (t - W + 1) // ps + 1
-    rows, vector = B * W * shape.n_head, heads * hs * size  # a token's keys
-    score, attend = 2 * held * vector, 2 * selected * ps * vector
-    return {
-        "write": 2 * (rows * hs * size + 2 * W * vector) + touched * (ps + 2) * vector,
-        "score": score,
-        "select": heads * 4 * (held + 4 * selected),  # scores; a page's number, its stamp there and back
-        "attend": attend,
-        "combine": rows * (3 * (hs + 1) * 4 + hs * size),  # the part, the output cache there and back
-        "four": score + attend,
-        "dense": 2 * context * vector,
-    }
+    held, selected = (context - 1) // config.page_size + 1, config.pages_selected(context - 1)
+    vector = B * shape.n_kv_head * shape.head_size * size  # a token's keys
+    score, attend = 2 * held * vector, 2 * selected * config.page_size * vector
+    return {"score": score, "attend": attend, "four": score + attend, "dense": 2 * context * vector}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # kernels
 
 KERNELS = ("write", "score", "select", "attend", "combine")
-DENSE = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "ours": None}
+DENSE = ("flash", "cudnn", "ours")
 HEADLINE = (32_768, 2048)  # Quest's: context, tokens selected
 
 
@@ -853,48 +772,40 @@ def stages(config: RetroConfig, shape: LlamaConfig, B: int, context: int, n: int
         "combine": lambda i: ops.combine(*parts[i], caches[i], t),
         "four": four,
         "ours": lambda i: ops.combine(*ops.attend(newest[i], alone[i], None, None, t), alone[i], t),
-    } | {name: partial(sdpa, backend=backend) for name, backend in DENSE.items() if backend}
+        "flash": lambda i: sdpa(i, SDPBackend.FLASH_ATTENTION),
+        "cudnn": lambda i: sdpa(i, SDPBackend.CUDNN_ATTENTION),
+    }
 
 
 def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device: str, dtype, rate: float) -> dict:
     """Microseconds a layer, bytes, and the share of its byte floor that each kernel reaches."""
-    us = {}
+    us, nbytes = {}, layer_bytes(config, shape, B, context, dtype.itemsize)
     for name, stage in stages(config, shape, B, context, n, device, dtype).items():
-
-        def layers(stage=stage):
-            for i in range(n):
-                stage(i)
-
         try:
-            us[name] = microseconds(layers) / n
+            us[name] = microseconds(stage, n)
         except RuntimeError as error:  # SDPA names backends that cannot do it
             if name not in DENSE:
                 raise
             progress(f"{name}: {str(error).splitlines()[0]}")
-    nbytes = layer_bytes(config, shape, B, context, dtype.itemsize)
-    share = {name: nbytes["dense" if name in DENSE else name] / rate * 1e6 / x for name, x in us.items()}
+    floors = {name: nbytes[name] for name in ("score", "attend", "four")} | dict.fromkeys(DENSE, nbytes["dense"])
+    share = {name: floors[name] / rate * 1e6 / us[name] for name in floors if name in us}
     best = min(us[name] for name in DENSE if name in us)
-    return {"context": context, "batch": B, "window": config.window, "budget": config.budget, "layers": n,
-            "us": us, "bytes": nbytes, "share": share, "best_dense_to_four": best / us["four"],
-            "our_dense_to_four": us["ours"] / us["four"]}  # fmt: skip
-
-
-def short(x: float | None) -> str:
-    return "-" if x is None else f"{x:.1f}" if x < 100 else f"{x:.0f}"
+    row = {"context": context, "batch": B, "window": config.window, "budget": config.budget, "us": us, "bytes": nbytes}
+    return row | {"share": share, "best_dense_to_four": best / us["four"], "our_dense_to_four": us["ours"] / us["four"]}
 
 
 def show_kernels(rows: list[dict]):
-    figures = []
+    lines = []
     for r in rows:
-        us = {name: short(r["us"].get(name)) for name in (*KERNELS, "four", *DENSE)}
+        us = {name: f"{r['us'][name]:.1f}" if name in r["us"] else "-" for name in (*KERNELS, "four", *DENSE)}
         us |= {name: f"{us[name]} {r['share'][name]:.0%}" for name in ("score", "attend", "four", "ours")}
         ratios = [f"{r[name]:.2f}x" for name in ("best_dense_to_four", "our_dense_to_four")]
         label = f"{r['context']}x{r['batch']} {r['budget']:.4g} W={r['window']}"
-        figures.append([label, *us.values(), short(r["bytes"]["four"] / 1e6), *ratios])
-    head = ["context x batch, budget", *KERNELS, "four", *DENSE, "MB", "best/four", "ours/four"]
+        lines.append([label, *us.values(), f"{r['bytes']['four'] / 1e6:.1f}", *ratios])
     title = """Microseconds a layer, and % of what the bytes allow; four: score to combine, with their MB. Dense attention:
 SDPA with flash and cuDNN, and our attend over all pages; the best of these, and ours, in units of four."""
-    table(title, head, figures)
+    head = ["context x batch, budget", *KERNELS, "four", *DENSE, "MB", "best/four", "ours/four"]
+    table(title, head, lines)
 
 
 @torch.inference_mode()
@@ -940,64 +851,71 @@ def step_bytes(model: Llama, retro: RetroConfig | None, B: int, context: int) ->
     return weights + dense * layer["dense"] + (config.n_layer - dense) * layer["four"]
 
 
-def cache_bytes(decoder: Decoder) -> dict[str, int]:
-    fields = {"kv": ("k", "v"), "bounds": ("k_min", "k_max"), "outputs": ("out", "lse"), "stamps": ("last_loaded",)}
-    held = {name: [getattr(layer.cache, x) for layer in decoder.layers for x in xs] for name, xs in fields.items()}
-    return {name: sum(x.nbytes for x in tensors if x is not None) for name, tensors in held.items()}
+def megabytes(decoder: Decoder) -> dict[str, float]:
+    """What is in memory: the weights, the parts of the caches, and the GPU's peak since the counter was reset."""
+    caches = [layer.cache for layer in decoder.layers]
+    parts = {"kv": ("k", "v"), "bounds": ("k_min", "k_max"), "outputs": ("out", "lse"), "stamps": ("last_loaded",)}
+    held = {name: [getattr(cache, x) for cache in caches for x in fields] for name, fields in parts.items()}
+    held = {"weights": decoder.model.parameters()} | held
+    sizes = {name: sum(x.nbytes for x in tensors if x is not None) / 1e6 for name, tensors in held.items()}
+    return sizes | {"GPU peak": torch.cuda.max_memory_allocated() / 1e6}
 
 
 def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) -> tuple[list[float], dict]:
     """Milliseconds of the steps to the last 30 positions of the context, and what is in memory."""
-    gpu, first = torch.cuda.is_available(), context - 36
-    if gpu:
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     decoder = Decoder(model, B, retro, context)
+    decoder.position = context - 36
+    decoder.t.fill_(decoder.position)
     for layer in decoder.layers:
-        fill(layer.cache, first)
-    decoder.t.fill_(first)
-    decoder.position = first
+        fill(layer.cache, decoder.position)
     token = torch.randint(model.config.vocab_size, (B,), device=decoder.t.device)
     times(lambda: decoder.step(token), 5)  # the first compiles, the second captures the graph
-    ms = times(lambda: decoder.step(token), 30)
-    memory = {"weights": sum(p.nbytes for p in model.parameters())} | cache_bytes(decoder)
-    return ms, memory | {"peak": torch.cuda.max_memory_allocated() if gpu else None}
+    return times(lambda: decoder.step(token), 30), megabytes(decoder)
 
 
 def step_rows(model: Llama, args, context: int, B: int, rate: float) -> list[dict]:
     configs = methods(RetroConfig(dense_layers=args.dense_layers), args.windows)
-    ms, memory = {name: [] for name in configs}, {}
+    ms, memory, rows = {name: [] for name in configs}, {}, []
     for i in range(args.rounds):
         progress(f"decode: {context}x{B}, round {i + 1} of {args.rounds}")
         for name, retro in configs.items():
             new, memory[name] = step_times(model, B, retro, context)
             ms[name] += new
-    median = {name: statistics.median(x) for name, x in ms.items()}
-    rows = []
+    ms = {name: statistics.median(x) for name, x in ms.items()}
     for name, retro in configs.items():
-        nbytes, seconds = step_bytes(model, retro, B, context - 15), median[name] / 1e3  # 15: the middle of the 30
-        rows.append({"context": context, "batch": B, "method": name, "ms": median[name], "tokens_per_s": B / seconds,
-                     "ms_quartiles": statistics.quantiles(ms[name], n=4)[::2], "bytes": nbytes, "bytes_per_s": nbytes / seconds,
-                     "share": nbytes / rate / seconds, "speedup_to_full": median["full"] / median[name],
-                     "time_to_quest": median[name] / median["Quest"], "memory": memory[name]})  # fmt: skip
+        nbytes, seconds = step_bytes(model, retro, B, context - 15), ms[name] / 1e3  # 15: the middle of the 30
+        row = {"context": context, "batch": B, "method": name, "ms": ms[name], "tokens_per_s": B / seconds}
+        row |= {"bytes": nbytes, "bytes_per_s": nbytes / seconds, "share": nbytes / rate / seconds}
+        row |= {"speedup_to_full": ms["full"] / ms[name], "time_to_quest": ms[name] / ms["Quest"], "memory_mb": memory[name]}
+        rows.append(row)
     return rows
 
 
 def show_steps(rows: list[dict]):
-    memory = ["weights", "kv", "bounds", "outputs", "stamps", "peak"]
-    figures = [
-        [f"{r['context']}x{r['batch']} {r['method']}", f"{r['ms']:.3f}", short(r["tokens_per_s"]),
-         short(r["bytes_per_s"] / 1e9), f"{r['share']:.0%}", f"{r['speedup_to_full']:.2f}x", f"{r['time_to_quest']:.3f}",
-         *(short(r["memory"][x] and r["memory"][x] / 1e6) for x in memory)]
-        for r in rows
-    ]  # fmt: skip
-    head = ["context x batch", "ms", "tokens/s", "GB/s", "floor", "to full", "to Quest", *memory]
-    table("A step of the batch; floor: share of what the bytes allow; memory in MB (outputs: the output cache)", head, figures)
+    lines = []
+    for r in rows:
+        pace = [f"{r['ms']:.3f}", f"{r['tokens_per_s']:.1f}", f"{r['bytes_per_s'] / 1e9:.1f}", f"{r['share']:.0%}"]
+        ratios = [f"{r['speedup_to_full']:.2f}x", f"{r['time_to_quest']:.3f}"]
+        memory = [f"{x:.1f}" for x in r["memory_mb"].values()]
+        lines.append([f"{r['context']}x{r['batch']} {r['method']}", *pace, *ratios, *memory])
+    head = [
+        "context x batch",
+        "ms",
+        "tokens/s",
+        "GB/s",
+        "floor",
+        "to full",
+        "to Quest",
+        *(rows[0]["memory_mb"] if rows else []),
+    ]
+    table("A step of the batch; floor: share of what the bytes allow; memory in MB (outputs: the output cache)", head, lines)
 
 
 @torch.inference_mode()
 def decode(args) -> dict:
-    at_least(args, rounds=1, long=0, dense_layers=0)
     if args.dense_layers > SHAPES[args.shape].n_layer:
         raise ValueError(f"dense_layers must be between 0 and {SHAPES[args.shape].n_layer}, not {args.dense_layers}")
     if args.long:
@@ -1020,45 +938,39 @@ def greedy(decoder: Decoder, logits: torch.Tensor, n: int) -> torch.Tensor:
 
 def long_run(args) -> dict:
     """One generation of many tokens: does a step take longer than its bytes explain, does memory grow, do NaN appear?"""
-    n, gpu, prompt_len = args.long, args.device == "cuda", 1000
-    if n < 100:
-        raise ValueError(f"long must be >= 100, not {n}")
+    n, gpu, prompt_len, compared = args.long, args.device == "cuda", 1000, min(args.long, 300)
     args.shape, args.settings = "tiny", [(n + prompt_len, 1)]
     shape, dtype, rates = begin(args)
     model, retro = random_model(shape, args.device, dtype), RetroConfig(window=8, dense_layers=args.dense_layers)
     prompt = torch.randint(shape.vocab_size, (1, prompt_len), device=args.device)
     decoder, eager, rows = Decoder(model, 1, retro), Decoder(model, 1, retro), []
     eager.captures = False
-    greedy(eager, eager.prefill(prompt), min(n, 300))
-    allocated = torch.cuda.memory_allocated if gpu else lambda: None
+    greedy(eager, eager.prefill(prompt), compared)
     logits = greedy(decoder, decoder.prefill(prompt), 3)  # captures the graph, off the clock
     for first, last in itertools.pairwise((3, n // 4, n // 2, 3 * n // 4, n)):
-        before, start = allocated(), time.perf_counter()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
         logits = greedy(decoder, logits, last - first)
         finite = logits.isfinite().all().item()  # waits for the device
         ms = 1e3 * (time.perf_counter() - start) / (last - first)
-        nbytes = step_bytes(model, retro, 1, prompt_len + (first + last) // 2)
-        rows.append({"tokens": [first + 1, last], "ms": ms, "bytes": nbytes, "floor_ms": nbytes / max(rates.values()) * 1e3,
-                     "finite": finite, "allocated": [before, allocated()]})  # fmt: skip
+        floor_ms = 1e3 * step_bytes(model, retro, 1, prompt_len + (first + last) // 2) / max(rates.values())
+        memory = [before, torch.cuda.memory_allocated()]
+        rows.append({"tokens": [first + 1, last], "ms": ms, "floor_ms": floor_ms, "finite": finite, "allocated": memory})
         progress(f"long: {last} of {n} tokens")
-    compared = slice(prompt_len, prompt_len + min(n, 300))
-    same = torch.equal(decoder.tokens[:, compared], eager.tokens[:, compared]) if gpu else None
-    figures = [
-        ["{}-{}".format(*r["tokens"]), *(f"{r[x]:.3f}" for x in ("ms", "floor_ms")), str(r["finite"]),
-         *("-" if x is None else f"{x / 1e6:.3f}" for x in r["allocated"])]
-        for r in rows
-    ]  # fmt: skip
+    same = torch.equal(*(x.tokens[:, prompt_len : prompt_len + compared] for x in (decoder, eager))) if gpu else None
     title = (
-        f"One generation, W=8. First {min(n, 300)} tokens the same with and without a graph: {same if gpu else 'no graph here'}"
+        f"One generation, W=8. First {compared} tokens the same with and without a graph: {same if gpu else 'no graph here'}"
     )
-    table(title, ["tokens", "ms a token", "ms by bytes", "finite", "MB at first", "at last"], figures)
+    head = ["tokens", "ms a token", "ms by bytes", "finite", "GPU bytes at first", "at last"]
+    lines = [
+        ["{}-{}".format(*r["tokens"]), f"{r['ms']:.3f}", f"{r['floor_ms']:.3f}", str(r["finite"]), *map(str, r["allocated"])]
+        for r in rows
+    ]
+    table(title, head, lines)
     return {"memory_rate": rates, "rows": rows, "graph_equals_eager": same}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # picture
-
-COLORS = ["#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's, which the color-blind tell apart
 
 
 def last_line(path: str, command: str) -> dict:
@@ -1079,20 +991,22 @@ def picture(args) -> dict:
     matplotlib.use("Agg")  # draws into a file, needs no display
     from matplotlib import pyplot
 
-    pyplot.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150)
-    ends = text["positions"]
-    middles = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(text["positions"])]
     drawn = {name: row["kl_by_position"] for name, row in text["rows"].items() if name.startswith(("Quest", "Retro"))}
-    for (name, kl), color, marker in zip(drawn.items(), itertools.cycle(COLORS), itertools.cycle("osD^vP"), strict=False):
+    # Okabe and Ito's colors, which the color-blind tell apart
+    colors = itertools.cycle(["#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00"])
+    for (name, kl), color, marker in zip(drawn.items(), colors, itertools.cycle("osD^vP"), strict=False):
         left.plot(middles, kl, color=color, marker=marker, label=name)
     left.set(xlabel="tokens generated", ylabel="KL to full attention, nats a token", ylim=(0, None))
     figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
-    right.plot([int(w) for w in met], list(met.values()), color=COLORS[2], marker="o")
+    right.plot([int(w) for w in met], list(met.values()), color="#0072B2", marker="o")
     for w, x in met.items():
         right.annotate(f"{x:.2f}", (int(w), x), xytext=(0, 8), textcoords="offset points", ha="center")
     right.margins(y=0.15)
     right.set(xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met])
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(args.out)
     print(f"{args.out} written")
     return {"file": args.out}
@@ -1102,134 +1016,131 @@ def picture(args) -> dict:
 # The command line
 
 
-def at_least(args, **least: int):
-    for name, value in least.items():
-        if getattr(args, name) < value:
-            raise ValueError(f"{name} must be >= {value}, not {getattr(args, name)}")
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
 
 
-def setup(args) -> tuple[RetroConfig, Llama, Tokenizer]:
-    """What all measurements need: the budget as a configuration of Quest, the model, its tokenizer."""
-    device = choose_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current device
-    limits = {name: getattr(args, name) for name in ("page_size", "budget", "min_tokens", "dense_layers", "impl")}
-    retro = RetroConfig(window=1, **limits)
-    methods(retro, args.windows)  # refuses a window before anything is loaded
-    _, tok = load(args)
-    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
-    return retro, Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype), tok
+def at_least(least: int) -> Callable:
+    """For argparse: an integer that is no less."""
 
+    def integer(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be >= {least}, not {text}")
+        return int(text)
 
-def add_method_options(add, min_tokens: int, dense_layers: int, dtype: str):
-    add("--checkpoint", default=Path(__file__).resolve().parent / "tiny", help="folder in Meta's format or Hugging Face's")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
-    add("--dtype", choices=["auto", *DTYPES], default=dtype, help="auto is bfloat16 on a GPU, float32 elsewhere")
-    add("--impl", choices=["auto", "torch", "triton"], default="auto", help="auto is triton on a GPU, torch elsewhere")
-    add("--windows", type=int, nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
-    add("--budget", type=float, default=0.15, help="share of the KV pages that a step loads")
-    add("--min_tokens", type=int, default=min_tokens, help="a step never loads less than this many tokens' worth of pages")
-    add("--page_size", type=int, default=16, help="tokens a page, a power of two")
-    add("--dense_layers", type=int, default=dense_layers, help="first layers that attend to everything")
-
-
-def add_text_options(add, passages: int, prefix: int, length: int):
-    add("--text", default=None, help="file to cut passages from; without it they are sampled from the checkpoint")
-    add("--seed", type=int, default=0, help="of the sampled texts and of the tasks' questions")
-    add("--passages", type=int, default=passages, help="passages, as one batch")
-    add("--prefix", type=int, default=prefix, help="tokens of prompt")
-    add("--length", type=int, default=length, help="tokens decoded behind it, a passage")
-
-
-def add_quality_commands(command: Callable):
-    # The paper's floor and dense layers would hide all in a small model; bfloat16 rounds by as much as is measured.
-    small = {"min_tokens": 32, "dense_layers": 0, "dtype": "float32"}
-    add = command(quality, "fidelity on text and accuracy on the tasks, against full attention", QUICK)
-    add_method_options(add, **small)
-    add_text_options(add, passages=24, prefix=2048, length=384)
-    add("--questions", type=int, default=24, help="questions of each task; 0 leaves the tasks out")
-    add("--tasks", choices=list(TASKS), nargs="+", default=["ledger", "chain"], help="the shipped checkpoint cannot do relay")
-    add("--entries", type=int, default=32, help="lines to remember, a question")
-    add("--buckets", type=int, default=8, help="parts of the decoded text to report on")
-    add = command(exposure, "which pages neighbouring queries want, and how many a query meets")
-    add_method_options(add, **small)
-    add_text_options(add, passages=8, prefix=2048, length=256)
-    add("--distance", type=int, default=8, help="steps to look back")
-    add = command(longgen, "many questions in one prompt (GSM8K's format), for a real checkpoint")
-    add_method_options(add, min_tokens=256, dense_layers=2, dtype="auto")
-    add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
-    add("--out", required=True, help="JSONL of results, one line a finished prompt; what is in it is not run again")
-    add("--n", type=int, nargs="+", default=[15, 30, 45], help="questions a prompt")
-    add("--prompts", type=int, default=10, help="prompts of each n")
-    add("--examples", type=int, default=8, help="worked examples in front, the first questions of the file")
-    add("--answer_tokens", type=int, default=256, help="tokens to generate at most, a question")
-    add("--chat", action="store_true", help="the prompt is a user's message, in the format of the checkpoint's tokenizer")
+    return integer
 
 
 def setting(text: str) -> tuple[int, int]:
-    context, batch = text.split("x")
-    return int(context), int(batch)
+    context, batch = map(int, text.split("x"))
+    if context < 256 or batch < 1:
+        raise argparse.ArgumentTypeError(f"must have a context >= 256 and a batch >= 1, not {text}")
+    return context, batch
 
 
-def add_speed_commands(command: Callable, gpu: bool):
+def add_method_options(add: Callable, retro: RetroConfig, dtype: str):
+    add("--checkpoint", default=Path(__file__).resolve().parent / "tiny", help="folder in Meta's format or Hugging Face's")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
+    add("--dtype", choices=["auto", *DTYPES], default=dtype, help="auto is bfloat16 on a GPU, float32 elsewhere")
+    add("--impl", choices=["auto", "torch", "triton"], default=retro.impl, help="auto is triton on a GPU, torch elsewhere")
+    add("--windows", type=at_least(1), nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
+    add("--budget", type=float, default=retro.budget, help="share of the KV pages that a step loads")
+    add("--min_tokens", type=int, default=retro.min_tokens, help="a step loads at least this many tokens' worth of pages")
+    add("--page_size", type=int, default=retro.page_size, help="tokens a page, a power of two")
+    add("--dense_layers", type=int, default=retro.dense_layers, help="first layers that attend to everything")
+
+
+def add_text_options(add: Callable, passages: int, least: int, length: int):
+    # RetroAttention's own floor and dense layers would hide all in a small model; bfloat16 rounds by as much as is measured.
+    add_method_options(add, RetroConfig(min_tokens=32, dense_layers=0), dtype="float32")
+    add("--text", default=None, help="file to cut passages from; without it they are sampled from the checkpoint")
+    add("--seed", type=int, default=0, help="of the sampled texts and of the tasks' questions")
+    add("--passages", type=at_least(least), default=passages, help="passages, as one batch")
+    add("--prefix", type=at_least(1), default=2048, help="tokens of prompt")
+    add("--length", type=at_least(1), default=length, help="tokens decoded behind it, a passage")
+
+
+def add_longgen_options(add: Callable):
+    add_method_options(add, RetroConfig(), dtype="auto")
+    add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
+    add("--out", required=True, help="JSONL of results, one line a finished prompt; what is in it is not run again")
+    add("--n", type=at_least(1), nargs="+", default=[15, 30, 45], help="questions a prompt")
+    add("--prompts", type=at_least(1), default=10, help="prompts of each n")
+    add("--examples", type=at_least(1), default=8, help="worked examples in front, the first questions of the file")
+    add("--answer_tokens", type=at_least(1), default=256, help="tokens to generate at most, a question")
+    add("--chat", action="store_true", help="the prompt is a user's message, in the format of the checkpoint's tokenizer")
+
+
+def add_speed_options(add: Callable, settings: list[tuple[int, int]], windows: list[int]):
     """On a GPU if there is one; else with the PyTorch reference on a few settings, which says little about speed."""
-    on_gpu = {kernels: [(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)],
-              decode: [(32_768, 1), (131_072, 1), (32_768, 8), (65_536, 8)]}  # fmt: skip
-    quick = {"settings": [(32_768, 1), (32_768, 8)] if gpu else [(1024, 1)]}
-    for run, windows, less, help in (
-        (kernels, [1, 2, 8], {"windows": [1, 2]}, "microseconds of each kernel, and of dense attention"),
-        (decode, [2, 4, 8], {"rounds": 1}, "milliseconds of whole steps, with random weights and random caches"),
-    ):
-        add = command(run, help, quick | less, device="cuda" if gpu else "cpu")
-        add("--shape", choices=list(SHAPES), default="8b" if gpu else "tiny", help="Llama 3.1 8B's, 3.2 1B's or tiny/'s")
-        settings = on_gpu[run] if gpu else [(1024, 1), (4096, 1)]
-        add("--settings", type=setting, nargs="+", default=settings, help="context x batch, as 32768x8")
-        add("--windows", type=int, nargs="+", default=windows, help="W to measure; 1 is Quest")
+    gpu = torch.cuda.is_available()
+    add("--shape", choices=list(SHAPES) if gpu else ["tiny"], default="8b" if gpu else "tiny", help="a Llama's, or tiny/'s")
     add(
-        "--dense_layers",
-        type=int,
-        default=0,
-        help="first layers that attend to all; with 0 one byte floor holds for each layer",
+        "--settings",
+        type=setting,
+        nargs="+",
+        default=settings if gpu else [(1024, 1), (4096, 1)],
+        help="as 32768x8: context x batch",
     )
-    add("--rounds", type=int, default=3, help="times that all methods are measured in turn, 30 steps each")
-    add("--long", type=int, default=0, help="instead, generate so many tokens in one go: tiny/'s shape, W=8")
+    add("--windows", type=at_least(1), nargs="+", default=windows, help="W to measure; 1 is Quest")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    quicks = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = [(32_768, 1), (32_768, 8)] if device == "cuda" else [(1024, 1)]
+    quick = {
+        "quality": {"passages": 8, "prefix": 1024, "length": 96, "questions": 8, "entries": 12},
+        "kernels": {"settings": settings, "windows": [1, 2]},
+        "decode": {"settings": settings, "rounds": 1},
+    }
 
-    def command(run: Callable, help: str, quick: dict | None = None, **fixed):
-        sub = commands.add_parser(run.__name__, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def command(run: Callable, help: str, **fixed):
+        name = run.__name__
+        sub = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run, **fixed)
-        if quick:
-            quicks[run.__name__] = quick
-            sub.add_argument("--quick", action="store_true", help=", ".join(f"--{name} {x}" for name, x in quick.items()))
+        if name in quick:
+            smaller = ", ".join(f"--{option} {x}" for option, x in quick[name].items())
+            sub.add_argument("--quick", action="store_true", help=f"unless given: {smaller}")
         return sub.add_argument
 
-    add_quality_commands(command)
-    add_speed_commands(command, torch.cuda.is_available())
+    add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
+    add_text_options(add, passages=24, least=2, length=384)
+    add("--tasks", choices=list(TASKS), nargs="*", default=["ledger", "chain"], help="the shipped checkpoint cannot do relay")
+    add("--questions", type=at_least(2), default=24, help="questions of each task")
+    add("--entries", type=at_least(1), default=32, help="lines to remember, a question")
+    add = command(exposure, "which pages neighbouring queries want, and how many a query meets")
+    add_text_options(add, passages=8, least=1, length=256)
+    add("--distance", type=at_least(1), default=8, help="steps to look back")
+    add_longgen_options(command(longgen, "many questions in one prompt (GSM8K's format), for a real checkpoint"))
+    add = command(kernels, "microseconds of each kernel, and of dense attention", device=device)
+    add_speed_options(add, [(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)], windows=[1, 2, 8])
+    add = command(decode, "milliseconds of whole steps, with random weights and random caches", device=device)
+    add_speed_options(add, [(32_768, 1), (131_072, 1), (32_768, 8), (65_536, 8)], windows=[2, 4, 8])
+    add("--dense_layers", type=at_least(0), default=0, help="first layers that attend to all; 0: all have the same byte floor")
+    add("--rounds", type=at_least(1), default=3, help="times that all methods are measured in turn, 30 steps each")
+    add("--long", type=at_least(100), default=0, help="instead, generate so many tokens in one go: tiny/'s shape, W=8")
     add = command(picture, "draws the results of quality and exposure (needs matplotlib)")
     add("--quality", required=True, help="saved output of bench.py quality")
     add("--exposure", required=True, help="saved output of bench.py exposure")
     add("--out", default="quality.png", help="file to write")
+
     args = parser.parse_args(argv)
-    if getattr(args, "quick", False):
-        commands.choices[args.command].set_defaults(**quicks[args.command])
+    if getattr(args, "quick", False):  # what is given goes before
+        commands.choices[args.command].set_defaults(**quick[args.command])
         args = parser.parse_args(argv)
     return args
 
 
-PACKAGES = ("torch", "triton", "numpy", "matplotlib")
-
-
 def as_json(args: argparse.Namespace, results: dict) -> str:
     device = choose_device(getattr(args, "device", "cpu"))
+    packages = {d.name: d.version for d in distributions() if d.name in ("torch", "triton", "numpy", "matplotlib")}
     record = {
         "command": args.command,
         "arguments": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "run"},
-        "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions() if d.name in PACKAGES},
+        "versions": {"python": platform.python_version()} | packages,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "seconds": round(time.time() - START),
