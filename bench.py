@@ -50,11 +50,13 @@ def progress(text: str):
     print(f"[{time.time() - START:.0f} s] {text}", file=sys.stderr, flush=True)
 
 
-def table(title: str, head: list[str], rows: list[list[str]]):
-    """Prints columns as wide as they need to be: names to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+def table(title: str, rows: dict[str, dict], forms: dict[str, str]):
+    """Prints the rows by their names: of each the values whose names are heads of columns, in the format given for them."""
+    lines = [["", *forms]]
+    lines += [[name, *(format(row[x], form) if x in row else "-" for x, form in forms.items())] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(f"\n{title}\n")
-    for name, *cells in [head, *rows]:
+    for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)), sep="  ")
 
 
@@ -78,7 +80,7 @@ class Neighbour:
     ops, hook = retro_attention, None
 
     def __init__(self, cache: LayerCache):
-        self.cache, self.ranks = cache, []
+        self.cache = cache
 
     def prefill(self, q, k, v):
         self.prompt_len = k.shape[1]
@@ -329,7 +331,7 @@ def fidelity(steps, full: list, targets: torch.Tensor) -> tuple[torch.Tensor, to
         kl.append((logp_full.exp() * (logp_full - logp)).sum(dim=-1))  # (B,)
         gap.append((logp_full - logp).gather(1, target[:, None])[:, 0])  # (B,)
         error.append((out - out_full).norm(dim=-1) / out_full.norm(dim=-1))  # (n_layer, B)
-    return torch.stack(kl, 1).cpu(), torch.stack(gap, 1).cpu(), torch.stack(error).mean(dim=(0, 2)).cpu()
+    return torch.stack(kl, 1).cpu(), torch.stack(gap, 1).cpu(), torch.stack(error).mean(dim=0).mean(dim=1).cpu()
 
 
 def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch.Tensor, list[str], int]:
@@ -363,28 +365,21 @@ def lines_right(decoder: Decoder, idx: torch.Tensor, answers: list[str], tok: To
     return torch.tensor(right).double()
 
 
-def part_ends(L: int) -> list[int]:
-    """0, and where each part of L positions ends: parts as equal as they can be."""
-    return [0, *itertools.accumulate(len(part) for part in torch.arange(L).tensor_split(min(PARTS, L)))]
-
-
-def signed(pair: list[float], form: str) -> str:
-    return f"{pair[0]:+{form}} ±{pair[1]:{form}}"
-
-
-def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], rows: dict[str, dict]):
-    """Adds to each method's row what there is to say of its values (B, L): their mean, the difference to Quest, with a standard
-    error over passages that is paired, each passage with itself; and the means over parts of L. Prints them, too."""
-    ends = part_ends(values["Quest"].shape[1])
-    lines = []
+def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], rows: dict[str, dict]) -> list[int]:
+    """Adds to each method's row what there is to say of its values (B, L), and prints it: their mean; the difference to Quest,
+    with a standard error over passages, each paired with itself; the means over parts of L, of which it returns the ends."""
+    L, shown = values["Quest"].shape[1], {}
+    ends = [0, *itertools.accumulate(len(part) for part in torch.arange(L).tensor_split(min(PARTS, L)))]
+    spans = [f"{a + 1}-{b}" for a, b in itertools.pairwise(ends)]
     for method, x in values.items():
-        difference = (x - values["Quest"]).double().mean(dim=1)  # (B,)
+        difference, mean = (x - values["Quest"]).double().mean(dim=1), x.mean().item()  # (B,)
         to_quest = [difference.mean().item(), difference.std().item() / math.sqrt(len(difference))]
-        by_position = [part.mean().item() for part in x.double().tensor_split(ends[1:-1], dim=1)]
-        rows[method] |= {name: x.mean().item(), f"{name}_to_quest": to_quest, f"{name}_by_position": by_position}
-        figures = [format(y, form) for y in (x.mean().item(), *by_position)]
-        lines.append([method, f"{rows[method]['kv_share']:.1%}", figures[0], signed(to_quest, form), *figures[1:]])
-    table(title, ["", "KV read", "mean", "to Quest", *(f"{a + 1}-{b}" for a, b in itertools.pairwise(ends))], lines)
+        parts = [part.mean().item() for part in x.double().tensor_split(ends[1:-1], dim=1)]
+        rows[method] |= {name: mean, f"{name}_to_quest": to_quest, f"{name}_by_position": parts}
+        shown[method] = {"KV read": rows[method]["kv_share"], "mean": mean} | dict(zip(spans, parts, strict=True))
+        shown[method]["to Quest"] = f"{to_quest[0]:+{form}} ±{to_quest[1]:{form}}"
+    table(title, shown, {"KV read": ".1%", "mean": form, "to Quest": ""} | dict.fromkeys(spans, form))
+    return ends
 
 
 def each_method(what: str, args, retro: RetroConfig, model: Llama, rows: dict[str, dict], B: int, T: int):
@@ -409,11 +404,11 @@ def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> d
     source = args.text or "text sampled from the checkpoint"
     print(f"\n{args.passages} passages of {source}: {args.prefix} tokens of prompt, {args.length} decoded, teacher-forced")
     compare("KL to full attention, by position behind the prompt", "kl", ".5f", kl, rows)
-    compare("Nats a token lost, by position behind the prompt", "gap", ".4f", gap, rows)
-    errors = [[name, *(f"{x:.3f}" for x in row["attention_error"])] for name, row in rows.items()]
+    ends = compare("Nats a token lost, by position behind the prompt", "gap", ".4f", gap, rows)
+    errors = {name: {f"layer {i}": x for i, x in enumerate(row["attention_error"])} for name, row in rows.items()}
     title = "Attention outputs: distance to full attention's, relative to their length"
-    table(title, ["", *(f"layer {i}" for i in range(model.config.n_layer))], errors)
-    return {"positions": part_ends(args.length), "rows": rows}
+    table(title, errors, dict.fromkeys(errors["full"], ".3f"))
+    return {"positions": ends, "rows": rows}
 
 
 def task_quality(task: str, questions: tuple, args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict:
@@ -443,6 +438,10 @@ def quality(args) -> dict:
 class PageRanks(Neighbour):
     """Attends to everything, and notes at each step in which order Quest would have taken the pages."""
 
+    def prefill(self, q, k, v):
+        super().prefill(q, k, v)
+        self.ranks = []
+
     def decode(self, q, k, v, cos, sin, t):
         q = write(q, k, v, cos, sin, self.cache, t)
         scores = score(q, self.cache, t)
@@ -465,21 +464,14 @@ def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> li
     return torch.stack(shares).mean(dim=0).tolist()
 
 
-def fed(decoder: Decoder, idx: torch.Tensor, prefix: int) -> Decoder:
-    """The decoder after the prompt and tokens prefix .. T-2."""
-    decoder.prefill(idx[:, :prefix])
-    for token in idx[:, prefix:-1].T:
-        decoder.step(token)
-    return decoder
-
-
 def page_overlaps(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> dict[int, list[float]]:
     """Distance -> overlap with the past query's top-k and next-k, a mean over the sparse layers (paper, figure 2b)."""
     progress("pages wanted with full attention")
     decoder = Decoder(model, len(idx), replace(retro, impl="torch"), idx.shape[1])
     layers = [PageRanks(layer.cache) for layer in decoder.layers[retro.dense_layers :]]
     decoder.layers[retro.dense_layers :] = layers
-    fed(decoder, idx, args.prefix)
+    for _ in forced(decoder, idx, args.prefix):
+        pass
     selected = [retro.pages_selected(t) for t in range(args.prefix, idx.shape[1] - 1)]
     by_layer = {d: [overlap(layer.ranks, selected, d) for layer in layers] for d in range(1, args.distance + 1)}
     return {d: torch.tensor(shares).mean(dim=0).tolist() for d, shares in by_layer.items()}
@@ -488,8 +480,10 @@ def page_overlaps(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> 
 def effective_budget(retro: RetroConfig, args, model: Llama, idx: torch.Tensor) -> float:
     """Pages that a query is exposed to in the end, in a unit of those selected for it (paper, figure 2c)."""
     progress(f"exposure: W={retro.window}")
-    layers = fed(Decoder(model, len(idx), retro, idx.shape[1]), idx, args.prefix).layers
-    loaded, first_seen = sum(layer.cache.exposure.sum((0, 1)) for layer in layers if not layer.dense).tolist()
+    decoder = Decoder(model, len(idx), retro, idx.shape[1])
+    for _ in forced(decoder, idx, args.prefix):
+        pass
+    loaded, first_seen = sum(layer.cache.exposure.sum((0, 1)) for layer in decoder.layers if not layer.dense).tolist()
     return 1 + first_seen / loaded
 
 
@@ -503,10 +497,10 @@ def exposure(args) -> dict:
     overlaps = page_overlaps(args, retro, model, idx)
     budgets = {w: effective_budget(replace(retro, window=w), args, model, idx) for w in sorted({1, *args.windows})}
     title = "Pages wanted now that a past query had in its top-k or next-k (full attention)"
-    rows = [[str(d), f"{top:.1%}", f"{beyond:.1%}", f"{top + beyond:.1%}"] for d, (top, beyond) in overlaps.items()]
-    table(title, ["steps back", "top-k", "next-k", "both"], rows)
-    rows = [[str(w), f"{x:.3f}x"] for w, x in budgets.items()]
-    table("Pages a query meets in the end, in units of those selected for it", ["W", "exposure"], rows)
+    rows = {f"{d} steps back": {"top-k": a, "next-k": b, "both": a + b} for d, (a, b) in overlaps.items()}
+    table(title, rows, {"top-k": ".1%", "next-k": ".1%", "both": ".1%"})
+    title = "Pages a query meets in the end, in units of those selected for it"
+    table(title, {f"W={w}": {"exposure": x} for w, x in budgets.items()}, {"exposure": ".3f"})
     return {"overlap": overlaps, "effective_budget": budgets}
 
 
@@ -520,10 +514,6 @@ INSTRUCTION = (
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 
-def to_number(text: str) -> float:
-    return float(text.replace(",", ""))
-
-
 def read_questions(path: str, needed: int) -> list[dict]:
     """Questions, worked answers and results out of GSM8K's JSONL, where an answer ends in `#### number`."""
     pairs = []
@@ -532,7 +522,8 @@ def read_questions(path: str, needed: int) -> list[dict]:
             pair = json.loads(line)
             # GSM8K marks what a calculator should do: <<48/2=24>>.
             work, result = re.sub(r"<<.*?>>", "", pair["answer"]).split("####")
-            pairs.append({"question": pair["question"].strip(), "work": work.strip(), "result": to_number(result)})
+            result = float(result.replace(",", ""))
+            pairs.append({"question": pair["question"].strip(), "work": work.strip(), "result": result})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}: line {i} is not a question and an answer that ends in '#### number'") from None
     if len(pairs) < needed:
@@ -559,7 +550,7 @@ def read_answers(text: str) -> dict[int, float]:
         stated = re.search(rf"[Tt]he answer is[^\d\n]*?({NUMBER})", piece)
         numbers = [stated[1]] if stated else re.findall(NUMBER, piece)
         if numbers:
-            found.setdefault(int(i), to_number(numbers[-1]))
+            found.setdefault(int(i), float(numbers[-1].replace(",", "")))
     return found
 
 
@@ -588,8 +579,7 @@ def longgen_jobs(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
         most = model.config.max_seq_len - args.answer_tokens * n
         if len(ids) > most:
             raise ValueError(
-                f"n = {n}: a prompt of {len(ids)} tokens; with {args.answer_tokens} answer_tokens for each of the "
-                f"questions the context has room for {most}"
+                f"n = {n}: its prompts must be at most {most} tokens, not {len(ids)}: context less answer_tokens * n"
             )
         for name, config in methods(retro, args.windows).items():
             run = settings | {"n": n, "prompt": i, "method": name, "retro": asdict(config) if config else None}
@@ -622,18 +612,17 @@ def longgen(args) -> dict:
                 record = {"run": run} | answer_prompt(config, args.answer_tokens * run["n"], model, tok, ids, questions)
                 print(json.dumps(record), file=file, flush=True)
             groups.setdefault((run["n"], run["method"]), []).append(record)
-    rows, lines = [], []
+    rows = {}
     for (n, method), group in groups.items():
-        row = {x: np.mean([record[x] for record in group]).item() for x in ("right", "answered", "tokens", "kv_share")}
-        rows.append({"n": n, "method": method} | row)
-        lines.append([f"n={n} {method}", *(f"{row[x]:.1%}" for x in ("kv_share", "right", "answered")), f"{row['tokens']:.0f}"])
+        means = {x: np.mean([record[x] for record in group]).item() for x in ("kv_share", "right", "answered", "tokens")}
+        rows[f"n={n} {method}"] = {"n": n, "method": method} | means
     title = f"{args.prompts} prompts of n questions each; an unanswered question counts as wrong"
-    table(title, ["", "KV read", "right", "answered", "tokens"], lines)
-    return {"rows": rows}
+    table(title, rows, {"kv_share": ".1%", "right": ".1%", "answered": ".1%", "tokens": ".0f"})
+    return {"rows": list(rows.values())}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Clocks, contents, bytes: what kernels and decode share
+# kernels and decode
 
 SHAPES = {  # of Llama 3.1 8B, Llama 3.2 1B, and the checkpoint in tiny/
     "8b": LlamaConfig(4096, 32, 32, 8, 128_256, 14_336, 131_072, rope_scaling=8.0),
@@ -655,12 +644,12 @@ def times(run: Callable, n: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
-def microseconds(stage: Callable, n: int) -> float:
-    """What a layer takes of n in a row: median of 20 times, on a GPU of 20 replays of a CUDA graph, without the launches."""
+def microseconds(layers: list[Callable]) -> float:
+    """A layer's, of all one after the other: median of 20 times, on a GPU of replays of a CUDA graph."""
 
     def run():
-        for i in range(n):
-            stage(i)
+        for layer in layers:
+            layer()
 
     run()  # compiles
     replay = run
@@ -671,29 +660,22 @@ def microseconds(stage: Callable, n: int) -> float:
             run()
         replay = graph.replay
     times(replay, 3)
-    return 1e3 * statistics.median(times(replay, 20)) / n
-
-
-def memory_rate(device: str) -> dict[str, float]:
-    """Bytes a second of a copy (read and written) and of two plain reads. Not as a graph, in which a copy is slower."""
-    x = torch.ones(2**30 if device == "cuda" else 2**26, device=device)
-    y = torch.empty_like(x)
-    rates = {}
-    for name, run, nbytes in (("copy", lambda: y.copy_(x), 2 * x.nbytes), ("amax", x.amax, x.nbytes), ("sum", x.sum, x.nbytes)):
-        times(run, 3)
-        rates[name] = nbytes / statistics.median(times(run, 10)) * 1e3
-    return rates
+    return 1e3 * statistics.median(times(replay, 20)) / len(layers)
 
 
 def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
-    """Shape, dtype and memory rates; the first line of the output says them."""
-    gpu = args.device == "cuda"
-    shape = replace(SHAPES[args.shape], max_seq_len=max(context for context, _ in args.settings))
-    rates = memory_rate(args.device)
+    """Shape, dtype and what memory can do, in bytes a second: of a copy, read and written, and of two plain reads (not as a
+    graph, in which a copy is slower). The first line of the output says them."""
+    gpu, rates = args.device == "cuda", {}
+    x = torch.ones(2**30 if gpu else 2**26, device=args.device)
+    y = torch.empty_like(x)
+    for name, run, nbytes in (("copy", lambda: y.copy_(x), 2 * x.nbytes), ("amax", x.amax, x.nbytes), ("sum", x.sum, x.nbytes)):
+        times(run, 3)
+        rates[name] = nbytes / statistics.median(times(run, 10)) * 1e3
     where = torch.cuda.get_device_name() if gpu else "No GPU: on the CPU, with the PyTorch reference"
     dtype = torch.bfloat16 if gpu else torch.float32
     print(f"{where}; shape {args.shape}, {dtype}; memory, GB/s:", *(f"{name} {x / 1e9:.0f}" for name, x in rates.items()))
-    return shape, dtype, rates
+    return replace(SHAPES[args.shape], max_seq_len=max(context for context, _ in args.settings)), dtype, rates
 
 
 def fits(needed: float, what: str) -> bool:
@@ -709,14 +691,13 @@ def fits(needed: float, what: str) -> bool:
 
 def fill(cache: LayerCache, t: int):
     """Random contents, as a step to position t finds them: some pages were seen by the window's past rows, some not."""
-    cache.k.normal_()
-    cache.v.normal_()
+    for x in (cache.k, cache.v, cache.out, cache.lse):
+        if x is not None:
+            x.normal_()
     if cache.k_min is not None:
         torch.amin(cache.k, dim=3, out=cache.k_min)
         torch.amax(cache.k, dim=3, out=cache.k_max)
         cache.last_loaded.random_(t - 2 * cache.config.window, t)
-        cache.out.normal_()
-        cache.lse.normal_()
 
 
 def layer_bytes(config: RetroConfig, shape: LlamaConfig, B: int, context: int, size: int) -> dict[str, int]:
@@ -731,58 +712,52 @@ def layer_bytes(config: RetroConfig, shape: LlamaConfig, B: int, context: int, s
     return {"score": score, "attend": attend, "four": score + attend, "dense": 2 * context * vector}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# kernels
-
 KERNELS = ("write", "score", "select", "attend", "combine")
 DENSE = ("flash", "cudnn", "ours")
 HEADLINE = (32_768, 2048)  # Quest's: context, tokens selected
 
 
-def stages(config: RetroConfig, shape: LlamaConfig, B: int, context: int, n: int, device: str, dtype) -> dict[str, Callable]:
-    """Name -> what of layer i to run. Each of the n layers has a cache of its own."""
+def stages(config: RetroConfig, shape: LlamaConfig, B: int, context: int, device: str, dtype) -> dict[str, Callable]:
+    """Name -> what to run, of a layer with a cache of its own."""
     W, n_head, n_kv_head, hs = config.window, shape.n_head, shape.n_kv_head, shape.head_size
     ops = retro_attention.implementation(config.impl, torch.device(device), dtype, hs, W * n_head // n_kv_head)
     t = torch.tensor(context - 1, device=device)
-    caches = [retro_attention.new_cache(config, False, B, n_head, n_kv_head, hs, context, device, dtype) for _ in range(n)]
-    for cache in caches:
-        fill(cache, context - 1)
+    cache = retro_attention.new_cache(config, False, B, n_head, n_kv_head, hs, context, device, dtype)
+    fill(cache, context - 1)
     angles = torch.rand(context, hs // 2, device=device)
-    q, k, v = (torch.randn(n, B, W, heads, hs, device=device, dtype=dtype) for heads in (n_head, n_kv_head, n_kv_head))
-    scores = [ops.score(*layer, t) for layer in zip(q, caches, strict=True)]
-    lists = [ops.select(*layer, t) for layer in zip(scores, caches, strict=True)]
-    parts = [ops.attend(q[i], caches[i], *lists[i], t) for i in range(n)]
+    q, k, v = (torch.randn(B, W, heads, hs, device=device, dtype=dtype) for heads in (n_head, n_kv_head, n_kv_head))
+    scores = ops.score(q, cache, t)
+    chosen = ops.select(scores, cache, t)
+    parts = ops.attend(q, cache, *chosen, t)
     # Dense attention has one row and no output cache.
-    newest = q[:, :, -1:].contiguous()  # (n, B, 1, n_head, hs)
-    alone = [replace(cache, config=replace(config, window=1), out=None, lse=None) for cache in caches]
+    newest = q[:, -1:].contiguous()  # (B, 1, n_head, hs)
+    alone = replace(cache, config=replace(config, window=1), out=None, lse=None)
+    key, value = (x.flatten(2, 3)[:, :, :context] for x in (cache.k, cache.v))  # (B, n_kv_head, context, hs)
 
-    def four(i: int):
-        ops.combine(*ops.attend(q[i], caches[i], *ops.select(ops.score(q[i], caches[i], t), caches[i], t), t), caches[i], t)
-
-    def sdpa(i: int, backend: SDPBackend):
-        key, value = (x.flatten(2, 3)[:, :, :context] for x in (caches[i].k, caches[i].v))
+    def sdpa(backend: SDPBackend):
         with sdpa_kernel(backend):
-            scaled_dot_product_attention(newest[i].transpose(1, 2), key, value, enable_gqa=True)
+            scaled_dot_product_attention(newest.transpose(1, 2), key, value, enable_gqa=True)
 
     return {
-        "write": lambda i: ops.write(q[i], k[i], v[i], angles, angles, caches[i], t),
-        "score": lambda i: ops.score(q[i], caches[i], t),
-        "select": lambda i: ops.select(scores[i], caches[i], t),
-        "attend": lambda i: ops.attend(q[i], caches[i], *lists[i], t),
-        "combine": lambda i: ops.combine(*parts[i], caches[i], t),
-        "four": four,
-        "ours": lambda i: ops.combine(*ops.attend(newest[i], alone[i], None, None, t), alone[i], t),
-        "flash": lambda i: sdpa(i, SDPBackend.FLASH_ATTENTION),
-        "cudnn": lambda i: sdpa(i, SDPBackend.CUDNN_ATTENTION),
+        "write": lambda: ops.write(q, k, v, angles, angles, cache, t),
+        "score": lambda: ops.score(q, cache, t),
+        "select": lambda: ops.select(scores, cache, t),
+        "attend": lambda: ops.attend(q, cache, *chosen, t),
+        "combine": lambda: ops.combine(*parts, cache, t),
+        "four": lambda: ops.combine(*ops.attend(q, cache, *ops.select(ops.score(q, cache, t), cache, t), t), cache, t),
+        "ours": lambda: ops.combine(*ops.attend(newest, alone, None, None, t), alone, t),
+        "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+        "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
     }
 
 
 def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device: str, dtype, rate: float) -> dict:
     """Microseconds a layer, bytes, and the share of its byte floor that each kernel reaches."""
     us, nbytes = {}, layer_bytes(config, shape, B, context, dtype.itemsize)
-    for name, stage in stages(config, shape, B, context, n, device, dtype).items():
+    layers = [stages(config, shape, B, context, device, dtype) for _ in range(n)]
+    for name in layers[0]:
         try:
-            us[name] = microseconds(stage, n)
+            us[name] = microseconds([layer[name] for layer in layers])
         except RuntimeError as error:  # SDPA names backends that cannot do it
             if name not in DENSE:
                 raise
@@ -791,21 +766,7 @@ def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device:
     share = {name: floors[name] / rate * 1e6 / us[name] for name in floors if name in us}
     best = min(us[name] for name in DENSE if name in us)
     row = {"context": context, "batch": B, "window": config.window, "budget": config.budget, "us": us, "bytes": nbytes}
-    return row | {"share": share, "best_dense_to_four": best / us["four"], "our_dense_to_four": us["ours"] / us["four"]}
-
-
-def show_kernels(rows: list[dict]):
-    lines = []
-    for r in rows:
-        us = {name: f"{r['us'][name]:.1f}" if name in r["us"] else "-" for name in (*KERNELS, "four", *DENSE)}
-        us |= {name: f"{us[name]} {r['share'][name]:.0%}" for name in ("score", "attend", "four", "ours")}
-        ratios = [f"{r[name]:.2f}x" for name in ("best_dense_to_four", "our_dense_to_four")]
-        label = f"{r['context']}x{r['batch']} {r['budget']:.4g} W={r['window']}"
-        lines.append([label, *us.values(), f"{r['bytes']['four'] / 1e6:.1f}", *ratios])
-    title = """Microseconds a layer, and % of what the bytes allow; four: score to combine, with their MB. Dense attention:
-SDPA with flash and cuDNN, and our attend over all pages; the best of these, and ours, in units of four."""
-    head = ["context x batch, budget", *KERNELS, "four", *DENSE, "MB", "best/four", "ours/four"]
-    table(title, head, lines)
+    return row | {"share": share, "best/four": best / us["four"], "ours/four": us["ours"] / us["four"]}
 
 
 @torch.inference_mode()
@@ -823,12 +784,17 @@ def kernels(args) -> dict:
             for config in configs:
                 progress(f"kernels: {context}x{B}, W={config.window}, budget {config.budget}")
                 rows.append(kernel_row(config, shape, B, context, n, args.device, dtype, max(rates.values())))
-    show_kernels(rows)
+    shown = {}
+    for r in rows:
+        shares = {f"{name} %": 100 * share for name, share in r["share"].items()}
+        shown[f"{r['context']}x{r['batch']} {r['budget']:.4g} W={r['window']}"] = (
+            r | r["us"] | shares | {"MB": r["bytes"]["four"] / 1e6}
+        )
+    forms = dict.fromkeys([*KERNELS, "four", *DENSE], ".1f") | dict.fromkeys(["score %", "attend %", "four %", "ours %"], ".0f")
+    title = """Microseconds a layer, and % of what the bytes allow; four: score to combine, with their MB. Dense attention:
+SDPA with flash and cuDNN, and our attend over all pages; the best of these, and ours, in units of four."""
+    table(title, shown, forms | {"MB": ".1f", "best/four": ".2f", "ours/four": ".2f"})
     return {"memory_rate": rates, "rows": rows}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# decode
 
 
 @torch.inference_mode(False)  # ordinary tensors, which a decoder can lay side by side
@@ -853,12 +819,11 @@ def step_bytes(model: Llama, retro: RetroConfig | None, B: int, context: int) ->
 
 def megabytes(decoder: Decoder) -> dict[str, float]:
     """What is in memory: the weights, the parts of the caches, and the GPU's peak since the counter was reset."""
-    caches = [layer.cache for layer in decoder.layers]
-    parts = {"kv": ("k", "v"), "bounds": ("k_min", "k_max"), "outputs": ("out", "lse"), "stamps": ("last_loaded",)}
-    held = {name: [getattr(cache, x) for cache in caches for x in fields] for name, fields in parts.items()}
-    held = {"weights": decoder.model.parameters()} | held
-    sizes = {name: sum(x.nbytes for x in tensors if x is not None) / 1e6 for name, tensors in held.items()}
-    return sizes | {"GPU peak": torch.cuda.max_memory_allocated() / 1e6}
+    parts = {"kv": ("k", "v"), "bounds": ("k_min", "k_max"), "outputs": ("out", "lse")}
+    held = {name: [getattr(layer.cache, x) for layer in decoder.layers for x in xs] for name, xs in parts.items()}
+    held["weights"] = decoder.model.parameters()
+    sizes = {f"{name} MB": sum(x.nbytes for x in tensors if x is not None) / 1e6 for name, tensors in held.items()}
+    return sizes | {"GPU peak MB": torch.cuda.max_memory_allocated() / 1e6}
 
 
 def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) -> tuple[list[float], dict]:
@@ -887,31 +852,10 @@ def step_rows(model: Llama, args, context: int, B: int, rate: float) -> list[dic
     ms = {name: statistics.median(x) for name, x in ms.items()}
     for name, retro in configs.items():
         nbytes, seconds = step_bytes(model, retro, B, context - 15), ms[name] / 1e3  # 15: the middle of the 30
-        row = {"context": context, "batch": B, "method": name, "ms": ms[name], "tokens_per_s": B / seconds}
-        row |= {"bytes": nbytes, "bytes_per_s": nbytes / seconds, "share": nbytes / rate / seconds}
-        row |= {"speedup_to_full": ms["full"] / ms[name], "time_to_quest": ms[name] / ms["Quest"], "memory_mb": memory[name]}
-        rows.append(row)
+        row = {"context": context, "batch": B, "method": name, "ms": ms[name], "tokens/s": B / seconds, "bytes": nbytes}
+        row |= {"GB/s": nbytes / seconds / 1e9, "share": nbytes / rate / seconds}
+        rows.append(row | {"full/this": ms["full"] / ms[name], "this/Quest": ms[name] / ms["Quest"]} | memory[name])
     return rows
-
-
-def show_steps(rows: list[dict]):
-    lines = []
-    for r in rows:
-        pace = [f"{r['ms']:.3f}", f"{r['tokens_per_s']:.1f}", f"{r['bytes_per_s'] / 1e9:.1f}", f"{r['share']:.0%}"]
-        ratios = [f"{r['speedup_to_full']:.2f}x", f"{r['time_to_quest']:.3f}"]
-        memory = [f"{x:.1f}" for x in r["memory_mb"].values()]
-        lines.append([f"{r['context']}x{r['batch']} {r['method']}", *pace, *ratios, *memory])
-    head = [
-        "context x batch",
-        "ms",
-        "tokens/s",
-        "GB/s",
-        "floor",
-        "to full",
-        "to Quest",
-        *(rows[0]["memory_mb"] if rows else []),
-    ]
-    table("A step of the batch; floor: share of what the bytes allow; memory in MB (outputs: the output cache)", head, lines)
 
 
 @torch.inference_mode()
@@ -926,7 +870,10 @@ def decode(args) -> dict:
         nbytes = layer_bytes(RetroConfig(), shape, B, context, dtype.itemsize)
         if fits(1.02 * shape.n_layer * (nbytes["dense"] + nbytes["score"]) + 1e9, f"{context}x{B}"):
             rows += step_rows(model, args, context, B, max(rates.values()))
-    show_steps(rows)
+    forms = {"ms": ".3f", "tokens/s": ".1f", "GB/s": ".1f", "share": ".0%", "full/this": ".2f", "this/Quest": ".3f"}
+    forms |= dict.fromkeys([f"{part} MB" for part in ("kv", "bounds", "outputs", "weights", "GPU peak")], ".1f")
+    title = "A step of the batch; share: of what the bytes allow; outputs: the output cache"
+    table(title, {f"{r['context']}x{r['batch']} {r['method']}": r for r in rows}, forms)
     return {"memory_rate": rates, "rows": rows}
 
 
@@ -943,7 +890,7 @@ def long_run(args) -> dict:
     shape, dtype, rates = begin(args)
     model, retro = random_model(shape, args.device, dtype), RetroConfig(window=8, dense_layers=args.dense_layers)
     prompt = torch.randint(shape.vocab_size, (1, prompt_len), device=args.device)
-    decoder, eager, rows = Decoder(model, 1, retro), Decoder(model, 1, retro), []
+    decoder, eager, rows = Decoder(model, 1, retro), Decoder(model, 1, retro), {}
     eager.captures = False
     greedy(eager, eager.prefill(prompt), compared)
     logits = greedy(decoder, decoder.prefill(prompt), 3)  # captures the graph, off the clock
@@ -953,19 +900,12 @@ def long_run(args) -> dict:
         finite = logits.isfinite().all().item()  # waits for the device
         ms = 1e3 * (time.perf_counter() - start) / (last - first)
         floor_ms = 1e3 * step_bytes(model, retro, 1, prompt_len + (first + last) // 2) / max(rates.values())
-        memory = [before, torch.cuda.memory_allocated()]
-        rows.append({"tokens": [first + 1, last], "ms": ms, "floor_ms": floor_ms, "finite": finite, "allocated": memory})
+        row = {"ms": ms, "ms by bytes": floor_ms, "finite": finite, "GPU bytes": torch.cuda.memory_allocated()}
+        rows[f"{first + 1}-{last}"] = row | {"at first": before}
         progress(f"long: {last} of {n} tokens")
-    same = torch.equal(*(x.tokens[:, prompt_len : prompt_len + compared] for x in (decoder, eager))) if gpu else None
-    title = (
-        f"One generation, W=8. First {compared} tokens the same with and without a graph: {same if gpu else 'no graph here'}"
-    )
-    head = ["tokens", "ms a token", "ms by bytes", "finite", "GPU bytes at first", "at last"]
-    lines = [
-        ["{}-{}".format(*r["tokens"]), f"{r['ms']:.3f}", f"{r['floor_ms']:.3f}", str(r["finite"]), *map(str, r["allocated"])]
-        for r in rows
-    ]
-    table(title, head, lines)
+    same = torch.equal(*(x.tokens[:, prompt_len : prompt_len + compared] for x in (decoder, eager))) if gpu else "no graph here"
+    title = f"A token of one generation, W=8. First {compared} the same with and without a graph: {same}"
+    table(title, rows, {"ms": ".3f", "ms by bytes": ".3f", "finite": "", "GPU bytes": "", "at first": ""})
     return {"memory_rate": rates, "rows": rows, "graph_equals_eager": same}
 
 
@@ -991,22 +931,19 @@ def picture(args) -> dict:
     matplotlib.use("Agg")  # draws into a file, needs no display
     from matplotlib import pyplot
 
+    pyplot.style.use(["tableau-colorblind10", {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150)
     middles = [(a + b) / 2 for a, b in itertools.pairwise(text["positions"])]
     drawn = {name: row["kl_by_position"] for name, row in text["rows"].items() if name.startswith(("Quest", "Retro"))}
-    # Okabe and Ito's colors, which the color-blind tell apart
-    colors = itertools.cycle(["#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00"])
-    for (name, kl), color, marker in zip(drawn.items(), colors, itertools.cycle("osD^vP"), strict=False):
-        left.plot(middles, kl, color=color, marker=marker, label=name)
+    for (name, kl), marker in zip(drawn.items(), itertools.cycle("osD^vP"), strict=False):
+        left.plot(middles, kl, marker=marker, label=name)
     left.set(xlabel="tokens generated", ylabel="KL to full attention, nats a token", ylim=(0, None))
     figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
-    right.plot([int(w) for w in met], list(met.values()), color="#0072B2", marker="o")
+    right.plot([int(w) for w in met], list(met.values()), marker="o")
     for w, x in met.items():
         right.annotate(f"{x:.2f}", (int(w), x), xytext=(0, 8), textcoords="offset points", ha="center")
     right.margins(y=0.15)
     right.set(xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met])
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(args.out)
     print(f"{args.out} written")
     return {"file": args.out}
@@ -1076,13 +1013,8 @@ def add_speed_options(add: Callable, settings: list[tuple[int, int]], windows: l
     """On a GPU if there is one; else with the PyTorch reference on a few settings, which says little about speed."""
     gpu = torch.cuda.is_available()
     add("--shape", choices=list(SHAPES) if gpu else ["tiny"], default="8b" if gpu else "tiny", help="a Llama's, or tiny/'s")
-    add(
-        "--settings",
-        type=setting,
-        nargs="+",
-        default=settings if gpu else [(1024, 1), (4096, 1)],
-        help="as 32768x8: context x batch",
-    )
+    settings = settings if gpu else [(1024, 1), (4096, 1)]
+    add("--settings", type=setting, nargs="+", default=settings, help="context x batch, as 32768x8")
     add("--windows", type=at_least(1), nargs="+", default=windows, help="W to measure; 1 is Quest")
 
 
@@ -1134,25 +1066,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def as_json(args: argparse.Namespace, results: dict) -> str:
+def about(args: argparse.Namespace) -> dict:
+    """What a number depends on."""
     device = choose_device(getattr(args, "device", "cpu"))
     packages = {d.name: d.version for d in distributions() if d.name in ("torch", "triton", "numpy", "matplotlib")}
-    record = {
+    return {
         "command": args.command,
         "arguments": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "run"},
         "versions": {"python": platform.python_version()} | packages,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "seconds": round(time.time() - START),
-        "results": results,
     }
-    return json.dumps(record)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        print("\n" + as_json(args, args.run(args)), flush=True)
+        results = args.run(args)
+        print("\n" + json.dumps(about(args) | {"results": results}), flush=True)
         return 0
     except BrokenPipeError:  # the reader of our stdout has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1160,7 +1092,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(f"bench.py: error: {str(error).split(chr(10))[0]}", file=sys.stderr)
+        print(f"bench.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

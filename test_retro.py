@@ -1652,7 +1652,7 @@ def test_kernels_sets_the_time_beside_the_bytes(measure, monkeypatch):
         assert {*bench.KERNELS, "four", "ours"} <= set(row["us"]) and all(x > 0 for x in row["us"].values())
         assert row["share"]["four"] == pytest.approx(row["bytes"]["four"] / rate * 1e6 / row["us"]["four"])
         assert row["share"]["ours"] == pytest.approx(row["bytes"]["dense"] / rate * 1e6 / row["us"]["ours"])
-        assert row["our_dense_to_four"] == pytest.approx(row["us"]["ours"] / row["us"]["four"])
+        assert row["ours/four"] == pytest.approx(row["us"]["ours"] / row["us"]["four"])
 
 
 def test_decode_sets_whole_steps_beside_the_bytes(measure):
@@ -1668,22 +1668,22 @@ def test_decode_sets_whole_steps_beside_the_bytes(measure):
     assert rows[1]["bytes"] == rows[2]["bytes"] == read + (3 * 2 * 385 + 7 * 2 * (25 + 16 * 16)) * vector
     for row in rows:
         assert row["share"] == pytest.approx(row["bytes"] / rate / row["ms"] * 1e3)
-        assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms"])
-        assert row["memory_mb"]["kv"] == 10 * 2 * 400 * vector / 1e6
+        assert row["tokens/s"] == pytest.approx(2e3 / row["ms"])
+        assert row["kv MB"] == 10 * 2 * 400 * vector / 1e6
     untied = bench.random_model(replace(config, tie_embeddings=False, max_seq_len=400), "cpu", torch.float32)
     assert bench.step_bytes(untied, None, 2, 385) == rows[0]["bytes"], "of the embedding table itself a step takes single rows"
-    bounds = [row["memory_mb"]["bounds"] for row in rows]
+    bounds = [row["bounds MB"] for row in rows]
     assert bounds == [0, 7 * 2 * 25 * vector / 1e6, 7 * 2 * 25 * vector / 1e6]
-    assert [row["memory_mb"]["outputs"] for row in rows] == [0, *(7 * 2 * W * 6 * 65 * 4 / 1e6 for W in (1, 2))]
+    assert [row["outputs MB"] for row in rows] == [0, *(7 * 2 * W * 6 * 65 * 4 / 1e6 for W in (1, 2))]
 
 
 def test_a_long_run_is_measured_by_quarters(measure, monkeypatch):
     """All logits finite; what the bytes explain grows with the text."""
     monkeypatch.setitem(bench.SHAPES, "tiny", LlamaConfig(32, 1, 2, 1, 64, 64, 4096))
     rows = measure("decode --long 120")["rows"]
-    assert [row["tokens"] for row in rows] == [[4, 30], [31, 60], [61, 90], [91, 120]]
-    assert all(row["finite"] and row["ms"] > row["floor_ms"] > 0 for row in rows)
-    assert rows[0]["floor_ms"] < rows[3]["floor_ms"]
+    assert list(rows) == ["4-30", "31-60", "61-90", "91-120"]
+    assert all(row["finite"] and row["ms"] > row["ms by bytes"] > 0 for row in rows.values())
+    assert rows["4-30"]["ms by bytes"] < rows["91-120"]["ms by bytes"]
 
 
 def test_quick_changes_what_is_not_given():
