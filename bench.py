@@ -252,7 +252,9 @@ def kv_share(name: str, retro: RetroConfig | None, n_layer: int, steps: range) -
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model and text
+# quality
+
+PARTS = 8  # of the decoded text and of an answer, to report on one by one
 
 
 def setup(args) -> tuple[RetroConfig, Llama, Tokenizer]:
@@ -293,12 +295,6 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
         raise ValueError(f"text {args.text} has {len(ids)} tokens: {B} passages of {n} need {B * n}")
     starts = [i * len(ids) // B for i in range(B)]
     return torch.tensor([start + ids[i : i + n] for i in starts], device=device)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# quality
-
-PARTS = 8  # of the decoded text and of an answer, to report on one by one
 
 
 def forced(decoder: Decoder, idx: torch.Tensor, prefix: int):
@@ -578,9 +574,7 @@ def longgen_jobs(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
         ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
         most = model.config.max_seq_len - args.answer_tokens * n
         if len(ids) > most:
-            raise ValueError(
-                f"n = {n}: its prompts must be at most {most} tokens, not {len(ids)}: context less answer_tokens * n"
-            )
+            raise ValueError(f"n = {n}: the context leaves {most} tokens for a prompt of {len(ids)}: fewer n or answer_tokens")
         for name, config in methods(retro, args.windows).items():
             run = settings | {"n": n, "prompt": i, "method": name, "retro": asdict(config) if config else None}
             yield run, config, ids, questions
@@ -595,8 +589,7 @@ def answer_prompt(config, max_new_tokens: int, model, tok, ids: list[int], quest
     found = read_answers(text)
     right = [found.get(i) == pair["result"] for i, pair in enumerate(questions, 1)]
     answered = [i in found for i in range(1, len(questions) + 1)]
-    steps = range(len(ids), len(ids) + len(new) - 1)  # the first token comes out of the prefill
-    share = kv_share("", config, model.config.n_layer, steps)
+    share = kv_share("", config, model.config.n_layer, range(len(ids), len(ids) + len(new) - 1))  # the prefill made the first
     return {"right": right, "answered": answered, "tokens": len(new), "kv_share": share, "text": text}
 
 
@@ -701,11 +694,8 @@ def fill(cache: LayerCache, t: int):
 
 
 def layer_bytes(config: RetroConfig, shape: LlamaConfig, B: int, context: int, size: int) -> dict[str, int]:
-    """Bytes that a layer must read, `size` a number of the model's; splits and padding are not in it.
-
-    "four", the floor of the four kernels behind `write`, is what no implementation gets around: the bounds of the pages held,
-    and K and V of the pages selected.
-    """
+    """Bytes that a layer must read, `size` a number of the model's. "four", the floor of the kernels behind `write`, is what no
+    implementation gets around: the bounds of the pages held, and K and V of the pages selected."""
     held, selected = (context - 1) // config.page_size + 1, config.pages_selected(context - 1)
     vector = B * shape.n_kv_head * shape.head_size * size  # a token's keys
     score, attend = 2 * held * vector, 2 * selected * config.page_size * vector
@@ -871,7 +861,7 @@ def decode(args) -> dict:
         if fits(1.02 * shape.n_layer * (nbytes["dense"] + nbytes["score"]) + 1e9, f"{context}x{B}"):
             rows += step_rows(model, args, context, B, max(rates.values()))
     forms = {"ms": ".3f", "tokens/s": ".1f", "GB/s": ".1f", "share": ".0%", "full/this": ".2f", "this/Quest": ".3f"}
-    forms |= dict.fromkeys([f"{part} MB" for part in ("kv", "bounds", "outputs", "weights", "GPU peak")], ".1f")
+    forms |= dict.fromkeys([f"{part} MB" for part in ("kv", "bounds", "outputs", "weights", "GPU peak")], ".2f")
     title = "A step of the batch; share: of what the bytes allow; outputs: the output cache"
     table(title, {f"{r['context']}x{r['batch']} {r['method']}": r for r in rows}, forms)
     return {"memory_rate": rates, "rows": rows}
@@ -900,12 +890,12 @@ def long_run(args) -> dict:
         finite = logits.isfinite().all().item()  # waits for the device
         ms = 1e3 * (time.perf_counter() - start) / (last - first)
         floor_ms = 1e3 * step_bytes(model, retro, 1, prompt_len + (first + last) // 2) / max(rates.values())
-        row = {"ms": ms, "ms by bytes": floor_ms, "finite": finite, "GPU bytes": torch.cuda.memory_allocated()}
-        rows[f"{first + 1}-{last}"] = row | {"at first": before}
+        row = {"ms": ms, "ms by bytes": floor_ms, "finite": finite, "GPU bytes before": before}
+        rows[f"{first + 1}-{last}"] = row | {"GPU bytes after": torch.cuda.memory_allocated()}
         progress(f"long: {last} of {n} tokens")
     same = torch.equal(*(x.tokens[:, prompt_len : prompt_len + compared] for x in (decoder, eager))) if gpu else "no graph here"
     title = f"A token of one generation, W=8. First {compared} the same with and without a graph: {same}"
-    table(title, rows, {"ms": ".3f", "ms by bytes": ".3f", "finite": "", "GPU bytes": "", "at first": ""})
+    table(title, rows, {"ms": ".3f", "ms by bytes": ".3f", "finite": "", "GPU bytes before": "", "GPU bytes after": ""})
     return {"memory_rate": rates, "rows": rows, "graph_equals_eager": same}
 
 
@@ -1066,8 +1056,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def about(args: argparse.Namespace) -> dict:
-    """What a number depends on."""
+def record(args: argparse.Namespace, results: dict) -> dict:
+    """The results, and what they depend on."""
     device = choose_device(getattr(args, "device", "cpu"))
     packages = {d.name: d.version for d in distributions() if d.name in ("torch", "triton", "numpy", "matplotlib")}
     return {
@@ -1077,14 +1067,14 @@ def about(args: argparse.Namespace) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "seconds": round(time.time() - START),
+        "results": results,
     }
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        results = args.run(args)
-        print("\n" + json.dumps(about(args) | {"results": results}), flush=True)
+        print("\n" + json.dumps(record(args, args.run(args))), flush=True)
         return 0
     except BrokenPipeError:  # the reader of our stdout has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1092,7 +1082,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(f"bench.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print("bench.py: error:", str(error).split("\n")[0], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

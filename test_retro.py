@@ -1607,10 +1607,12 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
     record = json.loads(output.splitlines()[-1])
     assert record["arguments"]["prefix"] == 150 and record["versions"]["torch"] and record["device"]
     assert set(record["results"]["tasks"]) == {"ledger", "chain"} and "Retro W=2" in output and "ReSA" in output
+    assert not re.search(r" -\s", output), "a dash: a column without its value"
     assert bench.main(["exposure", *sizes, "--distance", "3"]) == 0
     output = capsys.readouterr().out
     (tmp_path / "exposure").write_text(output)
     results = json.loads(output.splitlines()[-1])["results"]
+    assert not re.search(r" -\s", output)
     assert results["effective_budget"]["1"] == 1 < results["effective_budget"]["2"] < 2
     assert all(0 < a + b <= 1 for a, b in results["overlap"].values()) and len(results["overlap"]) == 3
     files = ["--quality", str(tmp_path / "quality"), "--exposure", str(tmp_path / "exposure")]
@@ -1634,6 +1636,8 @@ def measure(capsys, monkeypatch):
         assert bench.main(args.split()) == 0
         lines = capsys.readouterr().out.strip().split("\n")
         assert "No GPU" in lines[0] and "PyTorch reference" in lines[0]
+        dashes = [line for line in lines[:-1] if re.search(r" -( |$)", line)]
+        assert not dashes or "kernels" in args, "a column without its value; only SDPA's may have none"
         return json.loads(lines[-1])["results"]
 
     return run
