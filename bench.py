@@ -352,13 +352,13 @@ def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch
 
 
 def lines_right(decoder: Decoder, idx: torch.Tensor, answers: list[str], tok: Tokenizer, steps: int) -> torch.Tensor:
-    """Answers idx (B, T) greedily, free-running: which lines are exactly right, at their place (B, lines)."""
+    """Answers idx (B, T) greedily, free-running: which lines are right, to the letter (B, lines); NaN behind the last."""
     out = torch.stack(list(decoder.stream(idx, steps, temperature=0)), dim=1).tolist()
     right = []
     for ids, answer in zip(out, answers, strict=True):
         wanted, got = answer.strip("\n").split("\n"), tok.decode(ids).split("\n")
-        right.append([a == b for a, b in itertools.zip_longest(wanted, got[: len(wanted)])])
-    return torch.tensor(right).double()
+        right.append(torch.tensor([a == b for a, b in itertools.zip_longest(wanted, got[: len(wanted)])]).double())
+    return torch.nn.utils.rnn.pad_sequence(right, batch_first=True, padding_value=torch.nan)
 
 
 def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], rows: dict[str, dict]) -> list[int]:
@@ -368,9 +368,9 @@ def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], r
     ends = [0, *itertools.accumulate(len(part) for part in torch.arange(L).tensor_split(min(PARTS, L)))]
     spans = [f"{a + 1}-{b}" for a, b in itertools.pairwise(ends)]
     for method, x in values.items():
-        difference, mean = (x - values["Quest"]).double().mean(dim=1), x.mean().item()  # (B,)
+        difference, mean = (x - values["Quest"]).double().nanmean(dim=1), x.nanmean().item()  # (B,)
         to_quest = [difference.mean().item(), difference.std().item() / math.sqrt(len(difference))]
-        parts = [part.mean().item() for part in x.double().tensor_split(ends[1:-1], dim=1)]
+        parts = [part.nanmean().item() for part in x.double().tensor_split(ends[1:-1], dim=1)]
         rows[method] |= {name: mean, f"{name}_to_quest": to_quest, f"{name}_by_position": parts}
         shown[method] = {"KV read": rows[method]["kv_share"], "mean": mean} | dict(zip(spans, parts, strict=True))
         shown[method]["to Quest"] = f"{to_quest[0]:+{form}} ±{to_quest[1]:{form}}"
@@ -1030,7 +1030,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
     add_text_options(add, passages=24, least=2, length=384)
-    add("--tasks", choices=list(TASKS), nargs="*", default=["ledger", "chain"], help="the shipped checkpoint cannot do relay")
+    add(
+        "--tasks",
+        choices=list(TASKS),
+        nargs="*",
+        default=["ledger", "chain"],
+        help="of tiny/train.py; none leaves the tasks out",
+    )
     add("--questions", type=at_least(2), default=24, help="questions of each task")
     add("--entries", type=at_least(1), default=32, help="lines to remember, a question")
     add = command(exposure, "which pages neighbouring queries want, and how many a query meets")

@@ -1543,6 +1543,8 @@ def test_lines_are_right_at_their_place():
     idx, answers = torch.zeros(3, 20, dtype=torch.long), ["Ada: 1\nBen: 2\nCarl: 3\nDora: 4\nEarl: 5\n\n", "Ben: 2\n" * 5, said]
     right = bench.lines_right(Decoder(model, 3), idx, answers, tok, len(model.script))
     assert right.tolist() == [[1, 1, 0, 1, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    right = bench.lines_right(Decoder(model, 2), idx[:2], ["Ada: 1\nBen: 3\n", said], tok, len(model.script))
+    close(right, [[1, 0, math.nan, math.nan, math.nan], [1] * 5], 0)
 
 
 @pytest.mark.parametrize("task", bench.TASKS)
