@@ -1030,13 +1030,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
     add_text_options(add, passages=24, least=2, length=384)
-    add(
-        "--tasks",
-        choices=list(TASKS),
-        nargs="*",
-        default=["ledger", "chain"],
-        help="of tiny/train.py; none leaves the tasks out",
-    )
+    add("--tasks", choices=list(TASKS), nargs="*", default=list(TASKS), help="of tiny/train.py; none leaves the tasks out")
     add("--questions", type=at_least(2), default=24, help="questions of each task")
     add("--entries", type=at_least(1), default=32, help="lines to remember, a question")
     add = command(exposure, "which pages neighbouring queries want, and how many a query meets")

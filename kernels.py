@@ -6,6 +6,8 @@
     4. attend   grid (splits, B * n_kv_head)         flash attention of W * G rows over a share of the selected pages
     5. combine  grid (B * W * n_head,)               merges the splits and the output cache
 
+and of what a decode step computes beside attention, rms_norm and swiglu.
+
 For a reader new to Triton: a kernel runs once for each *program* of its grid, and `tl.program_id` says which. Arguments named
 like tensors are pointers to their first element; a pointer plus a block of offsets is a block of addresses, of which those
 whose mask is false read `other` and write nothing. `tl.constexpr` arguments are compiled in. The threads of a program share
@@ -21,13 +23,40 @@ On a machine without a GPU, TRITON_INTERPRET=1 (set before Python starts) runs e
 breakpoint() and print where you like. There, tl.dot is right in float32 and float16 and wrong in bfloat16.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from retro_attention import LayerCache, RetroConfig
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
+
+# From Hopper on, a kernel may be launched while the one before it is still running (programmatic dependent launch): its
+# programs take their places and wait there. That hides the launches of score, select and combine. Not of attend: it fills the
+# multiprocessors, evenly only if it finds them all empty.
+EARLY = tl.constexpr(
+    os.environ.get("TRITON_INTERPRET") != "1"
+    and torch.version.cuda is not None
+    and torch.cuda.is_available()
+    and torch.cuda.get_device_capability() >= (9, 0)
+)
+LAUNCH_EARLY = {"launch_pdl": True} if EARLY.value else {}
+
+
+@triton.jit
+def let_the_next_kernel_in():
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_the_kernel_before():
+    """Returns when it has ended and what it wrote can be read. All programs begin so: the kernels before it have ended, too."""
+    if EARLY:
+        gdc_wait()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,7 +73,6 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
         assert x.stride()[2:] == (hs, 1) and (B == 1 or x.stride(0) == W * step), "rows must be evenly spaced"
     n_kv_head, P, ps = cache.k.shape[1:4]
     q_rotated = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    bounded = cache.k_min is not None
     write_kernel[(B, n_head + n_kv_head)](
         q,
         k,
@@ -65,8 +93,7 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
         ROWS=triton.next_power_of_2(W),
         PS=ps,
         HS=hs,
-        # W rows in a line touch so many pages at most
-        TOUCHED=(W + ps - 2) // ps + 1 if bounded else 0,
+        BOUNDED=cache.k_min is not None,
         num_warps=1 if W <= 8 else 4,  # a few rows: more threads would only wait for each other
     )
     return q_rotated
@@ -102,13 +129,14 @@ def write_kernel(
     ROWS: tl.constexpr,
     PS: tl.constexpr,
     HS: tl.constexpr,
-    TOUCHED: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     """q, k = rope(q), rope(k); K[rows], V[rows] = k, v; bounds[touched pages] = min, max of their keys
 
     Grid (B, n_head + n_kv_head): a program has one head and its W rows. Reads and writes B * W * (n_head + 2 n_kv_head) * hs
-    * e bytes each way, and for the bounds heads * TOUCHED * (ps + 2) * hs * e more.
+    * e bytes each way, and for the bounds heads * touched pages * (ps + 2) * hs * e more.
     """
+    let_the_next_kernel_in()
     b, head = tl.program_id(0), tl.program_id(1)
     t = tl.load(t_ptr)
     w = tl.arange(0, ROWS)  # (ROWS,) W of them are rows
@@ -135,22 +163,20 @@ def write_kernel(
         tl.store(cache_v + slots, tl.load(v + row * v_step + rest, mask=real[:, None], other=0.0), mask=real[:, None])
 
         # Bounds: the window's keys are at hand, only the page's earlier ones are read (no barrier after the store above).
-        offset = tl.arange(0, PS)
-        page = tl.maximum(t - W + 1, 0) // PS
-        for _ in tl.static_range(TOUCHED):
-            earlier = page * PS + offset  # (PS,) positions
-            known = (earlier < t - W + 1)[:, None]  # (PS, 1)
-            keys = tl.load(cache_k + first_page * PS * HS + earlier[:, None] * HS + i[None, :], mask=known, other=0.0)
-            inside = (real & (position // PS == page))[:, None]  # (ROWS, 1)
-            low = tl.min(tl.where(known, keys, float("inf")).to(tl.float32), axis=0)  # (HS,)
-            low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")).to(tl.float32), axis=0))
-            high = tl.max(tl.where(known, keys, float("-inf")).to(tl.float32), axis=0)  # (HS,)
-            high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")).to(tl.float32), axis=0))
-            bound = (first_page + page) * HS + i  # (HS,)
-            if page * PS <= t:
+        if BOUNDED:
+            offset = tl.arange(0, PS)
+            for page in range(tl.maximum(t - W + 1, 0) // PS, t // PS + 1):
+                earlier = page * PS + offset  # (PS,) positions
+                known = (earlier < t - W + 1)[:, None]  # (PS, 1)
+                keys = tl.load(cache_k + first_page * PS * HS + earlier[:, None] * HS + i[None, :], mask=known, other=0.0)
+                inside = (real & (position // PS == page))[:, None]  # (ROWS, 1)
+                low = tl.min(tl.where(known, keys, float("inf")).to(tl.float32), axis=0)  # (HS,)
+                low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")).to(tl.float32), axis=0))
+                high = tl.max(tl.where(known, keys, float("-inf")).to(tl.float32), axis=0)  # (HS,)
+                high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")).to(tl.float32), axis=0))
+                bound = (first_page + page) * HS + i  # (HS,)
                 tl.store(k_min + bound, low.to(x.dtype))
                 tl.store(k_max + bound, high.to(x.dtype))
-            page += 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,7 +190,19 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     scores = torch.empty(B, n_kv_head, P, device=q.device, dtype=torch.float32)
     PAGES = 32  # small blocks: at batch 1 there must be enough of them to keep every multiprocessor reading
     score_kernel[(B * n_kv_head, triton.cdiv(P, PAGES))](
-        q, cache.k_min, cache.k_max, scores, t, P, n_kv_head, W=W, G=n_head // n_kv_head, PS=ps, HS=hs, PAGES=PAGES
+        q,
+        cache.k_min,
+        cache.k_max,
+        scores,
+        t,
+        P,
+        n_kv_head,
+        W=W,
+        G=n_head // n_kv_head,
+        PS=ps,
+        HS=hs,
+        PAGES=PAGES,
+        **LAUNCH_EARLY,
     )
     return scores
 
@@ -189,6 +227,8 @@ def score_kernel(
     Grid (B * n_kv_head, blocks of PAGES pages); blocks beyond the pages held return at once. Reads the bounds of the pages
     held, heads * held * 2 * hs * e bytes; writes heads * held * 4.
     """
+    wait_for_the_kernel_before()
+    let_the_next_kernel_in()
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // n_kv_head, bh % n_kv_head
     held = tl.load(t_ptr) // PS + 1
@@ -247,6 +287,7 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
         **budget_of(cache.config),
         N=N,
         num_warps=min(32, max(4, N // 512)),  # 16 pages a thread
+        **LAUNCH_EARLY,
     )
     return pages, stamps
 
@@ -273,6 +314,7 @@ def select_kernel(
     Grid (B * n_kv_head,): a program has all scores of one KV head. Reads heads * held * 8 bytes of scores and stamps, writes
     heads * k * 12, with k = pages_selected(t).
     """
+    wait_for_the_kernel_before()
     bh = tl.program_id(0).to(tl.int64)
     position = tl.load(t_ptr)
     count = pages_selected(position, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
@@ -400,6 +442,7 @@ def attend_kernel(
     Grid (splits, B * n_kv_head): a program has all W * G rows of a KV head and a share of its pages. Reads each selected page
     once, heads * k * ps * 2 * hs * e bytes with k = pages_selected(t); writes splits * B * W * n_head * (hs + 1) * 4.
     """
+    let_the_next_kernel_in()
     split, splits = tl.program_id(0), tl.num_programs(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // n_kv_head, bh % n_kv_head
@@ -473,6 +516,7 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
         SPLITS=triton.next_power_of_2(splits),
         HS=hs,
         num_warps=max(1, splits // 32),
+        **LAUNCH_EARLY,
     )
     return merged
 
@@ -497,6 +541,7 @@ def combine_kernel(
     Grid (B * W * n_head,): a program has one row of one head. Reads (splits + 1) * B * W * n_head * (hs + 1) * 4 bytes, writes
     B * W * n_head * ((hs + 1) * 4 + hs * e).
     """
+    wait_for_the_kernel_before()
     row = tl.program_id(0).to(tl.int64)  # in (B, W, n_head)
     head, w, b = row % n_head, row // n_head % W, row // (n_head * W)
     i, split = tl.arange(0, HS), tl.arange(0, SPLITS)
