@@ -405,7 +405,7 @@ def test_a_past_row_of_the_model_never_sees_a_later_token():
     other = tokens.clone()
     other[:, position] = (tokens[:, position] + 1) % 61
     recorded = []
-    model.layers[-1].register_forward_hook(lambda module, args, x: recorded[-1].append(x.clone()))
+    model.layers[-1].attention.register_forward_hook(lambda module, args, x: recorded[-1].append(x.clone()))
     for run in (tokens, other):
         recorded.append([])
         decode(model, RetroConfig(page_size=8, budget=1.0, window=4, dense_layers=0), run, 20)
@@ -1608,7 +1608,7 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
     (tmp_path / "quality").write_text(output)
     record = json.loads(output.splitlines()[-1])
     assert record["arguments"]["prefix"] == 150 and record["versions"]["torch"] and record["device"]
-    assert set(record["results"]["tasks"]) == {"ledger", "chain"} and "Retro W=2" in output and "ReSA" in output
+    assert set(record["results"]["tasks"]) == set(bench.TASKS) and "Retro W=2" in output and "ReSA" in output
     assert not re.search(r" -\s", output), "a dash: a column without its value"
     assert bench.main(["exposure", *sizes, "--distance", "3"]) == 0
     output = capsys.readouterr().out
@@ -2002,7 +2002,11 @@ def test_both_implementations_give_the_same_picture(capsys):
         trace = sample.Trace(decoder, tok, 150, 4, layer=config.dense_layers, head=0)
         list(decoder.stream(idx, 4, temperature=0))
         seen.append(capsys.readouterr().err + "\n".join(trace.summary()))
-    assert seen[0] == seen[1] and seen[0].count("\nposition ") == 3 and "+" in seen[0]
+    number = r"\d+\.\d+"  # shown with two decimals, of which rounding may move the last
+    shares = [[float(x) for x in re.findall(number, text)] for text in seen]
+    close(*shares, 0.0101)
+    assert re.sub(number, "", seen[0]) == re.sub(number, "", seen[1])
+    assert seen[0].count("\nposition ") == 3 and "+" in seen[0] and max(shares[0]) > 1
 
 
 def test_trace_draws_and_leaves_the_text_alone(capsys):
