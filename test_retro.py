@@ -1997,16 +1997,12 @@ def test_both_implementations_give_the_same_picture(capsys):
     model, tok, seen = Llama.from_checkpoint(TINY, device=DEVICE), Tokenizer.from_checkpoint(TINY), []
     idx = torch.tensor([tok.encode(retro_attention.__doc__, bos=True)[:150]], device=DEVICE)
     for impl in ("triton", "torch"):
-        config = RetroConfig(page_size=8, budget=0.3, min_tokens=32, window=3, dense_layers=model.config.n_layer - 2, impl=impl)
+        config = RetroConfig(page_size=4, budget=0.2, min_tokens=32, window=3, dense_layers=model.config.n_layer - 2, impl=impl)
         decoder = Decoder(model, 1, config, max_seq_len=300)
         trace = sample.Trace(decoder, tok, 150, 4, layer=config.dense_layers, head=0)
         list(decoder.stream(idx, 4, temperature=0))
         seen.append(capsys.readouterr().err + "\n".join(trace.summary()))
-    number = r"\d+\.\d+"  # shown with two decimals, of which rounding may move the last
-    shares = [[float(x) for x in re.findall(number, text)] for text in seen]
-    close(*shares, 0.0101)
-    assert re.sub(number, "", seen[0]) == re.sub(number, "", seen[1])
-    assert seen[0].count("\nposition ") == 3 and "+" in seen[0] and max(shares[0]) > 1
+    assert seen[0] == seen[1] and seen[0].count("\nposition ") == 3 and "+" in seen[0]
 
 
 def test_trace_draws_and_leaves_the_text_alone(capsys):
