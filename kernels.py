@@ -6,7 +6,7 @@
     4. attend   grid (splits, B * n_kv_head)         flash attention of W * G rows over a share of the selected pages
     5. combine  grid (B * W * n_head,)               merges the splits and the output cache
 
-and of `linear`, what stands around attention in a layer: grid (blocks of columns,), all rows to a program.
+and of what a decode step computes beside attention, rms_norm and swiglu.
 
 For a reader new to Triton: a kernel runs once for each *program* of its grid, and `tl.program_id` says which. Arguments named
 like tensors are pointers to their first element; a pointer plus a block of offsets is a block of addresses, of which those
@@ -30,14 +30,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-import retro_attention
 from retro_attention import LayerCache, RetroConfig
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
 
 # From Hopper on, a kernel may be launched while the one before it is still running (programmatic dependent launch): its
-# programs take their places, read what older kernels have left, and wait there. That hides launches and first reads. All
-# kernels are launched so but attend, which fills the multiprocessors evenly only if it finds them empty.
+# programs take their places, read what older kernels have left, and wait there. That hides the launches and first reads of
+# score, select and combine. Not of attend: it fills the multiprocessors, evenly only if it finds them all empty.
 EARLY = tl.constexpr(
     os.environ.get("TRITON_INTERPRET") != "1"
     and torch.version.cuda is not None
@@ -57,7 +56,7 @@ def let_the_next_kernel_in():
 def wait_for_the_kernel_before():
     """Returns when it has ended and what it wrote can be read.
 
-    It has waited like that itself, before it let this one in: what older kernels wrote can be read even before the wait.
+    It lets this one in only when all before it have ended: what those wrote can be read even before the wait.
     """
     if EARLY:
         gdc_wait()
@@ -99,7 +98,6 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
         HS=hs,
         BOUNDED=cache.k_min is not None,
         num_warps=1 if W <= 8 else 4,  # a few rows: more threads would only wait for each other
-        **LAUNCH_EARLY,
     )
     return q_rotated
 
@@ -141,6 +139,7 @@ def write_kernel(
     Grid (B, n_head + n_kv_head): a program has one head and its W rows. Reads and writes B * W * (n_head + 2 n_kv_head) * hs
     * e bytes each way, and for the bounds heads * touched pages * (ps + 2) * hs * e more.
     """
+    let_the_next_kernel_in()
     b, head = tl.program_id(0), tl.program_id(1)
     t = tl.load(t_ptr)
     w = tl.arange(0, ROWS)  # (ROWS,) W of them are rows
@@ -150,8 +149,6 @@ def write_kernel(
     angles = position[:, None] * (HS // 2) + half[None, :]  # (ROWS, HS / 2)
     cos_rows = tl.load(cos + angles, mask=real[:, None], other=1.0).to(tl.float32)  # (ROWS, HS / 2)
     sin_rows = tl.load(sin + angles, mask=real[:, None], other=0.0).to(tl.float32)  # (ROWS, HS / 2)
-    wait_for_the_kernel_before()
-    let_the_next_kernel_in()
 
     if head < n_head:
         row = (b * W + w)[:, None]  # (ROWS, 1)
@@ -558,7 +555,6 @@ def combine_kernel(
         seen_lse = tl.where(w < W - 1, tl.load(cache_lse + slot), float("-inf"))
         seen_out = tl.load(cache_out + slot * HS + i)  # (HS,)
     wait_for_the_kernel_before()
-    let_the_next_kernel_in()
     part_lse = tl.load(lse + part, mask=split < splits, other=float("-inf"))  # (SPLITS,)
     top = tl.max(part_lse, axis=0)
     if CACHED:
@@ -584,102 +580,48 @@ def combine_kernel(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Around attention
+# Beside attention
 
 
-def linear(x, weight, bias=None, *, norm=None, gated=False, add_to=None) -> torch.Tensor:
-    """A linear map of the W rows, with what stands around it in a layer: x (..., K), weight (n, K) -> (..., n).
-
-    norm      x is normalised first
-    gated     SwiGLU: of the 2n rows of `weight` the first n make gates, silu(gate) * value is returned
-    add_to    the result is added to this tensor, in place: the residual stream
-    """
-    K = x.shape[-1]
-    rows, n = x.numel() // K, len(weight) // (2 if gated else 1)
-    if rows > 64:  # enough arithmetic for a library's product to win
-        return retro_attention.linear(x, weight, bias, norm=norm, gated=gated, add_to=add_to)
-    y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=x.dtype) if add_to is None else add_to
-    assert all(z.is_contiguous() for z in (x, weight, y)), "x, weight and add_to must be contiguous"
-    COLUMNS, INNER, stages = (32, 256, 4) if x.element_size() == 2 else (16, 64, 2)
-    if not x.is_cuda:
-        COLUMNS, INNER = 256, 512  # few programs for the interpreter
-    linear_kernel[(triton.cdiv(n, COLUMNS),)](
-        x,
-        weight,
-        bias,
-        None if norm is None else norm.weight,
-        y,
-        rows,
-        n,
-        K,
-        0.0 if norm is None else norm.eps,
-        BIAS=bias is not None,
-        NORM=norm is not None,
-        GATED=gated,
-        ADD=add_to is not None,
-        ROWS=max(16, triton.next_power_of_2(rows)),  # tl.dot wants 16 rows at least
-        COLUMNS=COLUMNS,
-        INNER=INNER,
-        num_stages=stages,
-        **LAUNCH_EARLY,
-    )
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x * x) + eps) * weight over the last axis; x (..., dim), weight (dim,)."""
+    assert x.is_contiguous() and weight.is_contiguous(), "x and weight must be contiguous"
+    y, dim = torch.empty_like(x), x.shape[-1]
+    rms_norm_kernel[(x.numel() // dim,)](x, weight, y, dim, eps, DIM=triton.next_power_of_2(dim))
     return y
 
 
 @triton.jit
-def linear_kernel(
-    x,
-    weight,
-    bias,
-    norm,
-    y,
-    rows,
-    n,
-    K,
-    eps,
-    BIAS: tl.constexpr,
-    NORM: tl.constexpr,
-    GATED: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """y = x W^T + bias, with x / rms(x) * norm for x, silu(gate) * value for y, or added to y
+def rms_norm_kernel(x, weight, y, dim, eps, DIM: tl.constexpr):
+    """y = x / sqrt(mean(x * x) + eps) * weight
 
-    Grid (blocks of COLUMNS of n,): a program has all rows and COLUMNS of their results. Reads the weights once, n * K * e
-    bytes (2n * K * e gated), and the rows, rows * K * e, once a program, out of the L2 cache; writes rows * n * e.
+    Grid (rows,): a program has one row. Reads and writes rows * dim * e bytes each way, and reads the weights.
     """
-    wait_for_the_kernel_before()
-    let_the_next_kernel_in()
-    r, i = tl.arange(0, ROWS), tl.arange(0, INNER)
-    j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # (COLUMNS,)
-    x_rows = x + r[:, None] * K  # (ROWS, 1)
-    w_rows = weight + j.to(tl.int64)[:, None] * K  # (COLUMNS, 1)
-    squares = tl.zeros([ROWS], dtype=tl.float32)
-    acc = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)  # gated: the gates
-    values = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for first in range(0, K, INNER):
-        k = first + i
-        inside = (k < K)[None, :]
-        part = tl.load(x_rows + k[None, :], mask=(r < rows)[:, None] & inside, other=0.0)  # (ROWS, INNER)
-        if NORM:  # the row's length is known only at the end, and divided by there
-            squares += tl.sum(part.to(tl.float32) * part.to(tl.float32), axis=1)
-            part = (part * tl.load(norm + k, mask=k < K, other=0.0)[None, :].to(tl.float32)).to(x.dtype.element_ty)
-        w = tl.load(w_rows + k[None, :], mask=(j < n)[:, None] & inside, other=0.0)  # (COLUMNS, INNER)
-        acc = tl.dot(part, w.T, acc, input_precision="ieee")
-        if GATED:
-            w = tl.load(w_rows + n.to(tl.int64) * K + k[None, :], mask=(j < n)[:, None] & inside, other=0.0)
-            values = tl.dot(part, w.T, values, input_precision="ieee")
-    if NORM:
-        scale = tl.rsqrt(squares / K + eps)[:, None]  # (ROWS, 1)
-        acc, values = acc * scale, values * scale
-    if BIAS:
-        acc += tl.load(bias + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        acc = acc / (1 + tl.exp2(-acc * LOG2E)) * values
-    out = y + r[:, None] * n + j[None, :]  # (ROWS, COLUMNS)
-    real = (r < rows)[:, None] & (j < n)[None, :]
-    if ADD:
-        acc += tl.load(out, mask=real, other=0.0).to(tl.float32)
-    tl.store(out, acc.to(y.dtype.element_ty), mask=real)
+    i = tl.arange(0, DIM)
+    row = tl.program_id(0).to(tl.int64) * dim
+    values = tl.load(x + row + i, mask=i < dim, other=0.0).to(tl.float32)  # (DIM,)
+    w = tl.load(weight + i, mask=i < dim, other=0.0).to(tl.float32)  # (DIM,)
+    scale = tl.rsqrt(tl.sum(values * values, axis=0) / dim + eps)
+    tl.store(y + row + i, (values * scale * w).to(y.dtype.element_ty), mask=i < dim)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value; x (..., 2 * ffn_dim), the gates first -> (..., ffn_dim)."""
+    assert x.is_contiguous(), "x must be contiguous"
+    n, BLOCK = x.shape[-1] // 2, 1024
+    y = torch.empty(*x.shape[:-1], n, device=x.device, dtype=x.dtype)
+    swiglu_kernel[(y.numel() // n, triton.cdiv(n, BLOCK))](x, y, n, BLOCK=BLOCK)
+    return y
+
+
+@triton.jit
+def swiglu_kernel(x, y, n, BLOCK: tl.constexpr):
+    """y = gate / (1 + exp(-gate)) * value
+
+    Grid (rows, blocks of n). Reads rows * 2 * n * e bytes, writes half of that.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    gate = tl.load(x + row * 2 * n + i, mask=i < n, other=0.0).to(tl.float32)  # (BLOCK,)
+    value = tl.load(x + row * 2 * n + n + i, mask=i < n, other=0.0).to(tl.float32)  # (BLOCK,)
+    tl.store(y + row * n + i, (gate / (1 + tl.exp2(-gate * LOG2E)) * value).to(y.dtype.element_ty), mask=i < n)

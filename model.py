@@ -472,9 +472,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_head * self.hs, config.dim, bias=False)
         self.wqkv = None  # side by side, for decode steps
 
-    def forward(self, x, cos, sin, retro: RetroAttention | None = None, t: torch.Tensor | None = None, norm=None):
-        """x (B, T, dim): dense without `retro`; the prompt's prefill with `retro`; a decode step at position `t` with both,
-        and then x is not yet normalised: `norm` goes into the product.
+    def forward(self, x, cos, sin, retro: RetroAttention | None = None, t: torch.Tensor | None = None):
+        """x (B, T, dim): dense without `retro`; the prompt's prefill with `retro`; a decode step at position `t` with both.
 
         -> the heads' outputs (B, T, n_head * hs), before `wo`.
         """
@@ -483,7 +482,7 @@ class Attention(nn.Module):
         if t is None:
             q, k, v = (m(x) for m in maps)
         else:
-            q, k, v = retro.ops.linear(x, *self.wqkv, norm=norm).split([m.out_features for m in maps], dim=-1)
+            q, k, v = F.linear(x, *self.wqkv).split([m.out_features for m in maps], dim=-1)
         q = q.view(B, T, self.n_head, self.hs)
         k = k.view(B, T, self.n_kv_head, self.hs)
         v = v.view(B, T, self.n_kv_head, self.hs)
@@ -533,11 +532,13 @@ class Block(nn.Module):
 
     def step(self, x, cos, sin, retro, t):
         """The same for the W rows of a decode step at position `t`, in few kernels: (B, W, dim) -> x, changed in place."""
-        linear = retro.ops.linear
-        o = self.attention(x, cos, sin, retro, t, norm=self.attention_norm)
-        linear(o, self.attention.wo.weight, add_to=x)
-        y = linear(x, *self.feed_forward.w13, norm=self.ffn_norm, gated=True)  # (B, W, ffn_dim)
-        return linear(y, self.feed_forward.w2.weight, add_to=x)
+        ops, flat = retro.ops, x.flatten(0, 1)  # (B * W, dim)
+        o = self.attention(ops.rms_norm(x, self.attention_norm.weight, self.attention_norm.eps), cos, sin, retro, t)
+        flat.addmm_(o.flatten(0, 1), self.attention.wo.weight.T)  # a product that adds to what is there
+        y = ops.rms_norm(flat, self.ffn_norm.weight, self.ffn_norm.eps)
+        y = ops.swiglu(F.linear(y, *self.feed_forward.w13))  # (B * W, ffn_dim)
+        flat.addmm_(y, self.feed_forward.w2.weight.T)
+        return x
 
     def pack(self):
         """Readies the layer for decode steps; again where the weights have been moved, cast or replaced since."""

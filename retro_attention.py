@@ -279,29 +279,18 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Around attention
+# Beside attention: what a decode step computes between the layers' products
 
 
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    norm: torch.nn.RMSNorm | None = None,
-    gated: bool = False,
-    add_to: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """A linear map of the W rows, with what stands around it in a layer: x (..., K), weight (n, K) -> (..., n).
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x * x) + eps) * weight over the last axis; x (..., dim), weight (dim,)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
 
-    norm      x is normalised first
-    gated     SwiGLU: of the 2n rows of `weight` the first n make gates, silu(gate) * value is returned
-    add_to    the result is added to this tensor, in place: the residual stream
-    """
-    y = F.linear(x if norm is None else norm(x), weight, bias)
-    if gated:
-        gate, value = y.chunk(2, dim=-1)
-        y = F.silu(gate) * value
-    return y if add_to is None else add_to.add_(y)
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value; x (..., 2 * ffn_dim), the gates first -> (..., ffn_dim)."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
