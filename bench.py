@@ -553,11 +553,10 @@ def read_answers(text: str) -> dict[int, float]:
 def finished_runs(out: Path) -> dict[str, dict]:
     """The records in the file. A last line without its end was cut off by an interruption: it is dropped from the file."""
     text = read_text(out) if out.exists() else ""
+    if text and not text.startswith('{"run"'):
+        raise ValueError(f"out {out}: exists, and is not a file of this command's results")
     whole = text[: text.rfind("\n") + 1]
-    try:
-        records = {json.dumps(record["run"]): record for record in map(json.loads, whole.splitlines())}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"out {out}: exists, and is not a file of this command's results") from None
+    records = {json.dumps(record["run"]): record for record in map(json.loads, whole.splitlines())}
     if whole != text:
         os.truncate(out, len(whole.encode()))
     return records
@@ -597,7 +596,7 @@ def longgen(args) -> dict:
     retro, model, tok = setup(args)
     finished, groups = finished_runs(Path(args.out)), {}
     jobs = list(longgen_jobs(args, retro, model, tok))
-    with open(args.out, "a", encoding="utf-8") as file:
+    with open(args.out, "a", encoding="utf-8", newline="\n") as file:
         for run, config, ids, questions in jobs:
             record = finished.get(json.dumps(run))
             if record is None:

@@ -1591,11 +1591,12 @@ def test_longgen_goes_on_where_it_was_interrupted(exam, capsys, tmp_path):
     assert "The answer is 5" in records[5]["text"]
     assert exam("")[0] == 0, "a finished run asked the model again"
     assert len(exam("x", "--answer_tokens", "9")[1]) == 12
-    (tmp_path / "out").write_text("my diary\nno end")
-    capsys.readouterr()
-    with pytest.raises(json.JSONDecodeError):
-        exam("x")
-    assert (tmp_path / "out").read_text() == "my diary\nno end" and "is not a file of this command" in capsys.readouterr().err
+    for diary in ("my diary\nno end", "no line's end"):
+        (tmp_path / "out").write_text(diary)
+        capsys.readouterr()
+        with pytest.raises(json.JSONDecodeError):
+            exam("x")
+        assert (tmp_path / "out").read_text() == diary and "is not a file of this command" in capsys.readouterr().err
 
 
 def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
