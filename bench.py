@@ -553,10 +553,13 @@ def read_answers(text: str) -> dict[int, float]:
 def finished_runs(out: Path) -> dict[str, dict]:
     """The records in the file. A last line without its end was cut off by an interruption: it is dropped from the file."""
     text = read_text(out) if out.exists() else ""
-    if text and not text.startswith('{"run"'):
-        raise ValueError(f"out {out}: exists, and is not a file of this command's results")
     whole = text[: text.rfind("\n") + 1]
-    records = {json.dumps(record["run"]): record for record in map(json.loads, whole.splitlines())}
+    try:
+        if text and not text.startswith('{"run"'):
+            raise ValueError
+        records = {json.dumps(record["run"]): record for record in map(json.loads, whole.splitlines())}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"out {out}: exists, and is not a file of this command's results") from None
     if whole != text:
         os.truncate(out, len(whole.encode()))
     return records

@@ -693,7 +693,7 @@ def test_kernels_in_random_configurations(seed):
 
 
 @needs_triton
-@pytest.mark.parametrize("rows, n, dtype", itertools.product([1, 5], [96, 1100], KERNEL_DTYPES))
+@pytest.mark.parametrize("rows, n, dtype", list(itertools.product([1, 5], [96, 1100], KERNEL_DTYPES)))
 def test_kernels_beside_attention_equal_their_twins(rows, n, dtype):
     """Sizes that are no power of two and more than a block, and gates whose exp overflows."""
     gen = torch.Generator().manual_seed(n)
