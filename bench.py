@@ -260,8 +260,6 @@ PARTS = 8  # of the decoded text and of an answer, to report on one by one
 def setup(args) -> tuple[RetroConfig, Llama, Tokenizer]:
     """What all measurements of quality need: the budget as a configuration of Quest, the model, its tokenizer."""
     device = choose_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current device
     limits = {name: getattr(args, name) for name in ("page_size", "budget", "min_tokens", "dense_layers", "impl")}
     retro = RetroConfig(window=1, **limits)
     _, tok = load(args)

@@ -36,7 +36,8 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 i
 
 # From Hopper on, a kernel may be launched while the one before it is still running (programmatic dependent launch): its
 # programs take their places, read what older kernels have left, and wait there. That hides the launches and first reads of
-# score, select and combine. Not of attend: it fills the multiprocessors, evenly only if it finds them all empty.
+# score, select and combine, which therefore must not directly follow a kernel that writes t or, behind `score`, the cache.
+# Not of attend: it fills the multiprocessors, evenly only if it finds them all empty.
 EARLY = tl.constexpr(
     os.environ.get("TRITON_INTERPRET") != "1"
     and torch.version.cuda is not None
@@ -48,16 +49,15 @@ LAUNCH_EARLY = {"launch_pdl": True} if EARLY.value else {}
 
 @triton.jit
 def let_the_next_kernel_in():
+    """To be called where all older kernels have ended: behind the wait, or at the top where a kernel is not launched early."""
     if EARLY:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_the_kernel_before():
-    """Returns when it has ended and what it wrote can be read.
-
-    It lets this one in only when all before it have ended: what those wrote can be read even before the wait.
-    """
+    """Returns when all older kernels have ended. Before it nothing is stored, and nothing read that the last of them writes:
+    only what those before that one wrote, which had ended when this one was let in."""
     if EARLY:
         gdc_wait()
 
@@ -71,9 +71,9 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
     B, W, n_head, hs = q.shape
     assert all(x.is_contiguous() for x in (cos, sin, cache.k, cache.v)), "angles and cache must be contiguous"
     # Rows may stand apart, as they do where q, k and v are slices of one product: from row to row, in (B, W), a fixed step.
-    steps = [x.stride(1) if W > 1 else x.stride(0) for x in (q, k, v)]
-    for x, step in zip((q, k, v), steps, strict=True):
-        assert x.stride()[2:] == (hs, 1) and (B == 1 or x.stride(0) == W * step), "rows must be evenly spaced"
+    strides = [x.stride(1) if W > 1 else x.stride(0) for x in (q, k, v)]
+    for x, stride in zip((q, k, v), strides, strict=True):
+        assert x.stride()[2:] == (hs, 1) and (B == 1 or x.stride(0) == W * stride), "rows must be evenly spaced"
     n_kv_head, P, ps = cache.k.shape[1:4]
     q_rotated = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     write_kernel[(B, n_head + n_kv_head)](
@@ -88,7 +88,7 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
         cache.k_min,
         cache.k_max,
         t,
-        *steps,
+        *strides,
         P,
         n_head,
         n_kv_head,
@@ -122,9 +122,9 @@ def write_kernel(
     k_min,
     k_max,
     t_ptr,
-    q_step,
-    k_step,
-    v_step,
+    q_stride,
+    k_stride,
+    v_stride,
     P,
     n_head,
     n_kv_head,
@@ -144,26 +144,26 @@ def write_kernel(
     t = tl.load(t_ptr)
     w = tl.arange(0, ROWS)  # (ROWS,) W of them are rows
     i, half = tl.arange(0, HS), tl.arange(0, HS // 2)
-    position = t - W + 1 + w  # (ROWS,)
-    real = (w < W) & (position >= 0)  # (ROWS,)
-    angles = position[:, None] * (HS // 2) + half[None, :]  # (ROWS, HS / 2)
+    p = t - W + 1 + w  # (ROWS,) their positions
+    real = (w < W) & (p >= 0)  # (ROWS,)
+    angles = p[:, None] * (HS // 2) + half[None, :]  # (ROWS, HS / 2)
     cos_rows = tl.load(cos + angles, mask=real[:, None], other=1.0).to(tl.float32)  # (ROWS, HS / 2)
     sin_rows = tl.load(sin + angles, mask=real[:, None], other=0.0).to(tl.float32)  # (ROWS, HS / 2)
 
     if head < n_head:
         row = (b * W + w)[:, None]  # (ROWS, 1)
-        x = tl.load(q + row * q_step + head * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
+        x = tl.load(q + row * q_stride + head * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
         rows = (row * n_head + head) * HS + i[None, :]  # (ROWS, HS)
         tl.store(q_rotated + rows, rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype), mask=(w < W)[:, None])
     else:
         h = head - n_head
         row, rest = (b * W + w)[:, None], h * HS + i[None, :]
-        x = tl.load(k + row * k_step + rest, mask=real[:, None], other=0.0)
+        x = tl.load(k + row * k_stride + rest, mask=real[:, None], other=0.0)
         x = rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype)  # (ROWS, HS)
         first_page = (b * n_kv_head + h).to(tl.int64) * P  # of this head
-        slots = first_page * PS * HS + position[:, None] * HS + i[None, :]  # (ROWS, HS)
+        slots = first_page * PS * HS + p[:, None] * HS + i[None, :]  # (ROWS, HS)
         tl.store(cache_k + slots, x, mask=real[:, None])
-        tl.store(cache_v + slots, tl.load(v + row * v_step + rest, mask=real[:, None], other=0.0), mask=real[:, None])
+        tl.store(cache_v + slots, tl.load(v + row * v_stride + rest, mask=real[:, None], other=0.0), mask=real[:, None])
 
         # Bounds: the window's keys are at hand, only the page's earlier ones are read (no barrier after the store above).
         if BOUNDED:
@@ -172,7 +172,7 @@ def write_kernel(
                 earlier = page * PS + offset  # (PS,) positions
                 known = (earlier < t - W + 1)[:, None]  # (PS, 1)
                 keys = tl.load(cache_k + first_page * PS * HS + earlier[:, None] * HS + i[None, :], mask=known, other=0.0)
-                inside = (real & (position // PS == page))[:, None]  # (ROWS, 1)
+                inside = (real & (p // PS == page))[:, None]  # (ROWS, 1)
                 low = tl.min(tl.where(known, keys, float("inf")).to(tl.float32), axis=0)  # (HS,)
                 low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")).to(tl.float32), axis=0))
                 high = tl.max(tl.where(known, keys, float("-inf")).to(tl.float32), axis=0)  # (HS,)
@@ -189,6 +189,7 @@ def write_kernel(
 def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     """Quest's bound for the newest row, summed over the group -> (B, n_kv_head, P) float32; only pages held are written."""
     B, W, n_head, hs = q.shape
+    assert q.is_contiguous(), "q must be contiguous"
     n_kv_head, P, ps = cache.k.shape[1:4]
     scores = torch.empty(B, n_kv_head, P, device=q.device, dtype=torch.float32)
     PAGES = 32  # small blocks: at batch 1 there must be enough of them to keep every multiprocessor reading
@@ -318,16 +319,18 @@ def select_kernel(
     heads * k * 12, with k = pages_selected(t).
     """
     bh = tl.program_id(0).to(tl.int64)
-    position = tl.load(t_ptr)
-    count = pages_selected(position, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
-    t = position.to(tl.int32)  # all that follows fits 32 bits, in which a GPU computes fastest
+    t64 = tl.load(t_ptr)
+    count = pages_selected(t64, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
+    t = t64.to(tl.int32)  # all that follows fits 32 bits, in which a GPU computes fastest
     held, first = t // PS + 1, tl.maximum(t - W + 1, 0) // PS  # the window's own pages, `first` and on, are always chosen ...
     rest = count - (held - first)  # ... and so many of those before
     page = tl.arange(0, N)  # (N,)
+    # The tables were last written by the step before; the scores by the kernel before.
     stamp = tl.load(last_loaded + bh * P + page, mask=page < held, other=0)  # (N,) of all pages
     loaded, sights = tl.load(exposure + bh * 2), tl.load(exposure + bh * 2 + 1)
     wait_for_the_kernel_before()
     x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
+    x = tl.where(x == x, x, float("inf"))  # a NaN, as keys that have overflowed make it, comes first, as it does in a sort
     # Integers in the order of the scores: a positive float's bits rise with it, a negative one's fall. -0.0 counts as 0.0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
@@ -341,8 +344,8 @@ def select_kernel(
     high = tl.max(key, axis=0) + 1
     reached = first
     while (reached != rest) & (high > low + 1):
-        step = tl.maximum((high - low) // 3, 1)
-        a, b = low + step, low + 2 * step
+        third = tl.maximum((high - low) // 3, 1)
+        a, b = low + third, low + 2 * third
         counts = tl.sum((key >= a).to(COUNTS) + ((key >= b).to(COUNTS) << BITS), axis=0)
         at_a, at_b = (counts & ((1 << BITS) - 1)).to(tl.int32), (counts >> BITS).to(tl.int32)
         high = tl.where(at_b >= rest, high, tl.where(at_a >= rest, b, a))
@@ -357,10 +360,10 @@ def select_kernel(
     # Ascending pages: each behind those chosen in its row of LANES pages, and those behind the rows before. One cumsum over
     # all N would hand partial sums from thread to thread through the whole program.
     LANES: tl.constexpr = 32 if N >= 32 else N
-    rows = chosen.to(tl.int32).reshape(N // LANES, LANES)
-    in_row = tl.sum(rows, axis=1)  # (N / LANES,)
+    lanes = chosen.to(tl.int32).reshape(N // LANES, LANES)
+    in_row = tl.sum(lanes, axis=1)  # (N / LANES,)
     before = tl.cumsum(in_row, axis=0) - in_row  # (N / LANES,)
-    slot = (tl.cumsum(rows, axis=1) - 1 + before[:, None]).reshape(N)
+    slot = (tl.cumsum(lanes, axis=1) - 1 + before[:, None]).reshape(N)
 
     tl.store(pages + bh * S + slot, page, mask=chosen)
     tl.store(stamps + bh * S + slot, stamp, mask=chosen)
@@ -382,6 +385,7 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
     that are held. One part a split: o (splits, B, W, n_head, hs), lse (splits, B, W, n_head) float32."""
     B, W, n_head, hs = q.shape
     assert W == cache.config.window, f"q has {W} rows, the window {cache.config.window}"
+    assert q.is_contiguous(), "q must be contiguous"
     n_kv_head, P, ps = cache.k.shape[1:4]
     S = P if pages is None else pages.shape[2]
     # A tile of keys is what a program has in flight; in float32 a larger one does not fit the registers.
@@ -451,8 +455,8 @@ def attend_kernel(
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // n_kv_head, bh % n_kv_head
     head_k, head_v = cache_k + bh * P * PS * HS, cache_v + bh * P * PS * HS
-    position = tl.load(t_ptr)
-    t = position.to(tl.int32)  # all that follows fits 32 bits, and takes half the registers of 64
+    t64 = tl.load(t_ptr)
+    t = t64.to(tl.int32)  # all that follows fits 32 bits, and takes half the registers of 64
     r, i, n = tl.arange(0, ROWS), tl.arange(0, HS), tl.arange(0, KEYS)
     w = r // G  # (ROWS,) window row w and query head h * G + r % G
     row = (b * W + w) * n_kv_head * G + h * G + r % G  # (ROWS,) in (B, W, n_head)
@@ -460,9 +464,9 @@ def attend_kernel(
     x = tl.load(q + row[:, None] * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
 
     # This split's share of the page list, in whole pages.
-    total = t // PS + 1 if DENSE else pages_selected(position, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
-    share = (total + splits - 1) // splits
-    start, end = split * share, tl.minimum((split + 1) * share, total)
+    total = t // PS + 1 if DENSE else pages_selected(t64, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
+    per_split = (total + splits - 1) // splits
+    start, end = split * per_split, tl.minimum((split + 1) * per_split, total)
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)  # running maximum of the scores, base 2
     norm = tl.zeros([ROWS], dtype=tl.float32)  # running sum of exp2(score - top)
     acc = tl.zeros([ROWS, HS], dtype=tl.float32)  # running sum of exp2(score - top) * v
@@ -475,18 +479,18 @@ def attend_kernel(
             page = tl.load(pages + bh * S + slot, mask=slot < end, other=0)  # (KEYS,)
             stamp = tl.load(stamps + bh * S + slot, mask=slot < end, other=0)  # (KEYS,)
         j = page * PS + (first + n) % PS  # (KEYS,) positions of the keys
-        held = (slot < end) & (j <= t)
+        written = (slot < end) & (j <= t)
         tile = j[:, None] * HS + i[None, :]  # (KEYS, HS)
-        keys = tl.load(head_k + tile, mask=held[:, None], other=0.0)  # (KEYS, HS)
+        keys = tl.load(head_k + tile, mask=written[:, None], other=0.0)  # (KEYS, HS)
         scores = tl.dot(x, keys.T, input_precision="ieee") * (scale * LOG2E)  # (ROWS, KEYS)
-        visible = held[None, :] & (j[None, :] <= p[:, None]) & (stamp[None, :] < p[:, None])  # (ROWS, KEYS)
+        visible = written[None, :] & (j[None, :] <= p[:, None]) & (stamp[None, :] < p[:, None])  # (ROWS, KEYS)
         scores = tl.where(visible, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))  # (ROWS,)
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet: exp2(-inf - 0) = 0
         weight = tl.exp2(scores - finite[:, None])  # (ROWS, KEYS)
         rescale = tl.exp2(top - finite)  # (ROWS,)
         norm = norm * rescale + tl.sum(weight, axis=1)
-        values = tl.load(head_v + tile, mask=held[:, None], other=0.0)  # (KEYS, HS)
+        values = tl.load(head_v + tile, mask=written[:, None], other=0.0)  # (KEYS, HS)
         acc = acc * rescale[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         top = new_top
 
@@ -551,9 +555,10 @@ def combine_kernel(
     part = split * tl.num_programs(0) + row  # (SPLITS,) in (splits, B, W, n_head)
     if CACHED:
         # Position p has slot p % W, and row w stands at t - W + 1 + w. The newest takes the slot of the row that leaves: pop.
+        # What is in there was written by the step before.
         slot = (b * W + (tl.load(t_ptr) + 1 + w) % W) * n_head + head
         seen_lse = tl.where(w < W - 1, tl.load(cache_lse + slot), float("-inf"))
-        seen_out = tl.load(cache_out + slot * HS + i)  # (HS,)
+        seen_out = tl.where(w < W - 1, tl.load(cache_out + slot * HS + i), 0.0)  # (HS,)
     wait_for_the_kernel_before()
     part_lse = tl.load(lse + part, mask=split < splits, other=float("-inf"))  # (SPLITS,)
     top = tl.max(part_lse, axis=0)

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import retro_attention
-from retro_attention import RetroAttention, RetroConfig, apply_rope
+from retro_attention import RetroAttention, RetroConfig, accumulator, apply_rope, row_positions
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -432,7 +432,7 @@ def rope_table(config: LlamaConfig, device: torch.device | str, dtype: torch.dty
 
     In float32, as the published models were trained, unless the model is in float64.
     """
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype = accumulator(dtype)
     pairs = torch.arange(0, config.head_size, 2, device=device).to(dtype)
     freqs = 1.0 / config.rope_theta ** (pairs / config.head_size)  # (hs / 2,) radians a token
     if config.rope_scaling is not None:
@@ -544,9 +544,10 @@ class Block(nn.Module):
         """Readies the layer for decode steps; again where the weights have been moved, cast or replaced since."""
         a, f = self.attention, self.feed_forward
         qkv, halves = (a.wq, a.wk, a.wv), (f.w1, f.w3)
-        if self.packed != [m.weight.data_ptr() for m in qkv + halves]:
+        places = lambda: [p.data_ptr() for m in qkv + halves for p in m.parameters()]  # noqa: E731
+        if self.packed != places():
             a.wqkv, f.w13 = side_by_side(*qkv), side_by_side(*halves)
-            self.packed = [m.weight.data_ptr() for m in qkv + halves]
+            self.packed = places()
 
 
 class Llama(nn.Module):
@@ -568,7 +569,8 @@ class Llama(nn.Module):
         self.rope = rope_table(self.config, weight.device, weight.dtype)
 
     def hidden(self, idx, cos, sin, retro=None, t=None):
-        """(B, T) ids -> (B, T, dim) before the final norm; `retro` is a list, one RetroAttention a layer."""
+        """(B, T) ids -> (B, T, dim) before the final norm. A prompt has `retro`, a list of one RetroAttention a layer; the W
+        rows of a decode step have `t`, too, the newest one's position."""
         x = self.tok_embeddings(idx)  # (B, T, dim)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, retro and retro[i]) if t is None else layer.step(x, cos, sin, retro[i], t)
@@ -666,8 +668,8 @@ class Llama(nn.Module):
 class Decoder:
     """One batch of sequences on its way: token ids, the position of the newest, and each layer's RetroAttention.
 
-    `prefill` a prompt, then `step` with each next token; both return the logits of the token that follows. The model's weights
-    must stay where they are while a decoder lives.
+    `prefill` a prompt, then `step` with each next token; both return the logits of the token that follows. Without a prompt the
+    first step is the text's first token. The model's weights must stay where they are while a decoder lives.
     """
 
     def __init__(self, model: Llama, batch_size: int, retro: RetroConfig | None = None, max_seq_len: int | None = None):
@@ -682,6 +684,8 @@ class Decoder:
             raise ValueError(
                 f"dense_layers must be between 0 and the model's {config.n_layer} layers, not {retro.dense_layers}"
             )
+        if weight.is_cuda:
+            torch.cuda.set_device(weight.device)  # Triton launches on the current device
         self.model, self.retro, self.max_seq_len = model, retro, max_seq_len
         for layer in model.layers:
             layer.pack()
@@ -700,8 +704,8 @@ class Decoder:
             for i in range(config.n_layer)
         ]
         self.tokens = torch.zeros(batch_size, max_seq_len, dtype=torch.long, device=weight.device)  # (B, max_seq_len)
-        self.t = torch.zeros((), dtype=torch.long, device=weight.device)  # position of the newest token ...
-        self.position = 0  # ... and the same number on the host
+        self.t = torch.full((), -1, dtype=torch.long, device=weight.device)  # position of the newest token ...
+        self.position = -1  # ... and the same number on the host
         # On a GPU a step is hundreds of small kernels. As a CUDA graph they are launched at once; its input is `token`, its
         # output `logits`. The reference reads the position while it runs, so it cannot be captured.
         self.captures = weight.is_cuda and all(layer.ops is not retro_attention for layer in self.layers)
@@ -711,8 +715,10 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
-        """(B, T) prompt -> (B, vocab). ValueError if it is empty or longer than the context."""
+        """(B, T) prompt -> (B, vocab). ValueError if it is empty, longer than the context, or another number of texts."""
         T = idx.shape[1]
+        if len(idx) != len(self.tokens):
+            raise ValueError(f"the prompt has {len(idx)} texts: must be {len(self.tokens)}, as the decoder was made for")
         if not 1 <= T <= self.max_seq_len:
             raise ValueError(f"the prompt has {T} tokens: must be between 1 and the context of {self.max_seq_len}")
         self.tokens[:, :T] = idx
@@ -746,7 +752,7 @@ class Decoder:
         self.t += 1
         self.tokens.index_copy_(1, self.t.view(1), self.token[:, None])
         # The past rows start from their token ids again. Before the text starts there are none: any id will do.
-        rows = (self.t - W + 1 + torch.arange(W, device=self.t.device)).clamp(min=0)  # (W,)
+        rows = row_positions(self.t, W).clamp(min=0)  # (W,)
         x = self.model.hidden(self.tokens[:, rows], *self.model.rope, self.layers, self.t)  # (B, W, dim)
         return self.model.logits(x[:, -1])
 

@@ -16,7 +16,7 @@ The functions of the same names below are these steps; `RetroAttention` calls th
 twin of each, with the same signature. W=1 is Quest. A layer that stays dense does 1, 4 over all pages, and 5 without a cache.
 
 Shapes: B batch, W window rows (newest last), P pages, ps page size, S selected pages, n_head query heads, n_kv_head KV heads,
-G = n_head / n_kv_head, hs head size. `t` is the position of the newest row, a 0-dim integer tensor on the cache's device; row
+G = n_head / n_kv_head, hs head size. `t` is the position of the newest row, a 0-dim int64 tensor on the cache's device; row
 w stands at position t-W+1+w. Rows before the start of the text (negative positions) write nothing and see nothing, and their
 output is zero.
 """
@@ -42,7 +42,7 @@ class RetroConfig:
     min_tokens: int = 256  # ... but no fewer than this many tokens' worth
     window: int = 2  # rows a step carries, the new one included: the paper's w; 1 is Quest
     dense_layers: int = 2  # the first layers attend densely, as in Quest: their attention is spread too wide to select
-    impl: str = "auto"  # "torch", "triton", or "auto": Triton on a GPU, PyTorch elsewhere
+    impl: str = "auto"  # "torch", "triton", or "auto": Triton on a GPU (and a shape that it can do), PyTorch elsewhere
 
     def __post_init__(self):
         for name, least in (("page_size", 1), ("min_tokens", 1), ("window", 1), ("dense_layers", 0)):
@@ -91,8 +91,12 @@ class LayerCache:
     k_min: torch.Tensor | None  # (B, n_kv_head, P, hs) element-wise minimum of a page's keys
     k_max: torch.Tensor | None  # (B, n_kv_head, P, hs)
     last_loaded: torch.Tensor | None  # (B, n_kv_head, P) int32: the step at which a page was last loaded, -1 for never
-    out: torch.Tensor | None  # (B, W, n_head, hs) float32 outputs of the window's rows; the row of position p in slot p % W
-    lse: torch.Tensor | None  # (B, W, n_head) float32 natural-log sum of exp over the keys that a row has seen, -inf for none
+    out: (
+        torch.Tensor | None
+    )  # (B, W, n_head, hs) `accumulator` outputs of the window's rows; the row of position p in slot p % W
+    lse: (
+        torch.Tensor | None
+    )  # (B, W, n_head) `accumulator` natural-log sum of exp over the keys that a row has seen, -inf for none
     exposure: torch.Tensor | None  # (B, n_kv_head, 2) int64, since the start: pages loaded; past rows' first sights of a page
 
 
@@ -102,7 +106,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_seq_len, device, dtype) -> LayerCache:
-    """A cache for max_seq_len tokens. Keys, values and bounds are not initialised: what is not yet written is never read."""
+    """A cache for max_seq_len tokens. Keys, values and bounds are not initialised: what is not yet written never
+    gets into a result."""
     P, acc = -(-max_seq_len // config.page_size), accumulator(dtype)
     like = {"device": device, "dtype": dtype}
     kv = [torch.empty(B, n_kv_head, P, config.page_size, hs, **like) for _ in range(2)]
@@ -137,7 +142,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Rotates q (B, W, n_head, hs) and k (B, W, n_kv_head, hs), each row at its own position, and puts k and v into the cache.
+    """Rotates q (B, W, n_head, hs) and k (B, W, n_kv_head, hs), each row at its own position, and puts k and v, of one shape,
+    into the cache. cos, sin (max_seq_len, hs / 2).
 
     The newest row is appended. The past rows overwrite what the step before wrote (the paper's propagation): same token, same
     position, better hidden state. Returns the rotated q.
@@ -272,7 +278,8 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
     if cache.out is None:
         return merge(o, lse)[0].to(cache.k.dtype)
     slots = row_positions(t, o.shape[2]) % o.shape[2]  # (W,)
-    cache.lse[:, slots[-1]] = -torch.inf  # pop: the row of t-W has left the window, its slot is the newest row's
+    # Pop: the row of t-W has left the window, its slot is the newest row's. Zero, too: 0 * inf would be NaN.
+    cache.lse[:, slots[-1]], cache.out[:, slots[-1]] = -torch.inf, 0
     o, lse = merge(torch.cat((o, cache.out[None, :, slots])), torch.cat((lse, cache.lse[None, :, slots])))
     cache.out[:, slots], cache.lse[:, slots] = o, lse  # update the past rows, push the newest
     return o.to(cache.k.dtype)
@@ -386,7 +393,8 @@ class RetroAttention:
         """Starts a text: stores the prompt's rotated keys and values. The prompt itself attends densely, outside of here.
 
         Prefill loaded everything: each page counts as loaded at the last prompt position, and the window starts filled with
-        the prompt's last rows, as if a dense step had ended it. q (B, T, n_head, hs), k and v (B, T, n_kv_head, hs).
+        the prompt's last rows, as if a dense step had ended it. q (B, T, n_head, hs), k and v (B, T, n_kv_head, hs); T may
+        not be more than the cache was made for.
         """
         T, W, cache = q.shape[1], self.cache.config.window, self.cache
         store(k, v, cache, T - 1)
@@ -395,6 +403,7 @@ class RetroAttention:
         cache.last_loaded.fill_(-1)  # whatever text came before is forgotten
         cache.last_loaded[:, :, : -(-T // cache.config.page_size)] = T - 1
         cache.lse.fill_(-torch.inf)
+        cache.out.zero_()
         cache.exposure.zero_()
         q = F.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0)).contiguous()  # (B, W, n_head, hs)
         t = torch.tensor(T - 1, device=q.device)
@@ -402,7 +411,7 @@ class RetroAttention:
 
     def decode(self, q, k, v, cos, sin, t: torch.Tensor) -> torch.Tensor:
         """One step of all W rows: q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated, the newest row at
-        position t; cos and sin (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs)."""
+        position t, inside the cache; cos and sin (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs)."""
         cache, ops = self.cache, self.ops
         pages = stamps = None
         watched = self.hook is not None and not self.dense

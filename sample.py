@@ -359,8 +359,6 @@ def run(args: argparse.Namespace) -> int:
     if args.num_samples < 1:
         raise ValueError(f"num_samples must be >= 1, not {args.num_samples}")
     device, retro, prompt = choose_device(args.device), retro_config(args), read_prompt(args.prompt)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current device
     config, tok = load(args)
     if args.attention == "full":
         retro = replace(retro, window=1, dense_layers=config.n_layer)

@@ -478,6 +478,28 @@ def test_a_second_prompt_starts_afresh():
     assert torch.equal(decoder.layers[-1].cache.exposure, other.layers[-1].cache.exposure)
 
 
+def test_a_second_prompt_forgets_what_overflowed():
+    """An infinite value in one text's output cache must not reach the next one: 0 * inf is NaN, a weight of zero keeps it."""
+    model, tokens = random_model(), random_tokens(2, 40)
+    decoder, _ = start(model, SPARSE, tokens, 30)
+    for layer in decoder.layers[1:]:
+        layer.cache.out.fill_(torch.inf)
+    decoder.prefill(tokens[:, :30])
+    assert all(layer.cache.out.isfinite().all() for layer in decoder.layers[1:])
+    decoder.layers[1].cache.out[:, 30 % SPARSE.window] = torch.inf  # of the row that leaves at the next step
+    assert decoder.step(tokens[:, 30]).isfinite().all() and decoder.layers[1].cache.out.isfinite().all()
+
+
+@pytest.mark.parametrize("W", [1, 4])
+def test_a_text_may_begin_without_a_prompt(W):
+    """Guards against a position that claims a token which nobody has written."""
+    model, tokens = random_model(), random_tokens(2, 20)
+    decoder = Decoder(model, 2, RetroConfig(page_size=8, window=W, dense_layers=0), max_seq_len=20)
+    close(torch.stack([decoder.step(tokens[:, i]) for i in range(20)], 1), model(tokens), 1e-10)
+    with pytest.raises(ValueError, match="the prompt has 1 texts: must be 2"):
+        decoder.prefill(tokens[:1])
+
+
 def test_a_step_behind_the_end_of_the_cache_is_refused():
     """Guards against a write outside of the cache, which a GPU would not notice."""
     decoder, _ = start(random_model(max_seq_len=64), SPARSE, random_tokens(1, 63), 63)
@@ -730,6 +752,19 @@ def test_select_kernel_ties_and_extremes(kind):
         assert torch.equal(found[:, :, :S], wanted)
     if kind == "equal":  # 6 of 13 pages: the window's own, and the lowest of the others
         assert pages.tolist() == [[[0, 1, 2, 3, 4, 12]] * 2]
+
+
+@needs_triton
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1])
+def test_select_kernel_takes_nan_as_the_largest(bits):
+    """As the reference's sort does. A NaN's bits, of either sign, must not run over the ends of the search and of the list."""
+    cache, gen = cache_at(RetroConfig(page_size=8, budget=0.4, min_tokens=8), 1, 2, 1, 32, 101, torch.float32, seed=1)
+    twin, position = copy.deepcopy(cache), torch.tensor(101, device=DEVICE)
+    scores = torch.randn(1, 2, cache.k.shape[2], generator=gen)
+    scores[0, 0, 5:7] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    wanted, _ = retro_attention.select(scores[..., :13].clone().to(DEVICE), twin, position)
+    found, _ = kernels.select(scores.to(DEVICE), cache, position)
+    assert torch.equal(found[..., : wanted.shape[2]], wanted) and {5, 6} <= set(wanted[0, 0].tolist())
 
 
 @needs_triton

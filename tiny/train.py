@@ -5,7 +5,7 @@
     python tiny/train.py evaluate --data DIR      # bits per byte of held-out books, share of task lines exactly right
 
 DIR holds `train*.txt.xz` and `heldout.txt.xz`: books as plain text, joined by a line "<|endoftext|>". The tokenizer learns
-from `train.txt.xz` alone.
+from `train.txt.xz` and samples of ledger and chain (votes is younger than the tokenizer that ships).
 Needs `pip install tokenizers` for the first command; nothing beyond the project's own packages for the others.
 
 A window of training text is either book text, or tasks, with or without book text in front. Tasks are made on the fly:
@@ -330,7 +330,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--n_layer", type=int, default=10)
     parser.add_argument("--n_head", type=int, default=6)
     parser.add_argument("--n_kv_head", type=int, default=2)
-    parser.add_argument("--context", type=int, default=4096, help="tokens a window")
+    parser.add_argument("--context", type=int, default=4096, help="tokens a window, at most 4096")
     parser.add_argument("--batch", type=int, default=48, help="windows a step")
     parser.add_argument("--steps", type=int, default=4761, help="of the whole run, over all its pieces")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop this piece after so long; the same command goes on")
