@@ -330,7 +330,7 @@ def select_kernel(
     loaded, sights = tl.load(exposure + bh * 2), tl.load(exposure + bh * 2 + 1)
     wait_for_the_kernel_before()
     x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
-    x = tl.where(x == x, x, float("inf"))  # a NaN, as keys that have overflowed make it, comes first, as it does in a sort
+    x = tl.where(x == x, x, float("inf"))  # a NaN, as keys that have overflowed make it, comes first
     # Integers in the order of the scores: a positive float's bits rise with it, a negative one's fall. -0.0 counts as 0.0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)

@@ -757,12 +757,12 @@ def test_select_kernel_ties_and_extremes(kind):
 @needs_triton
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1])
 def test_select_kernel_takes_nan_as_the_largest(bits):
-    """As the reference's sort does. A NaN's bits, of either sign, must not run over the ends of the search and of the list."""
+    """A NaN's bits, of either sign, must not run over the ends of the search and of the list: it is taken as infinity is."""
     cache, gen = cache_at(RetroConfig(page_size=8, budget=0.4, min_tokens=8), 1, 2, 1, 32, 101, torch.float32, seed=1)
     twin, position = copy.deepcopy(cache), torch.tensor(101, device=DEVICE)
     scores = torch.randn(1, 2, cache.k.shape[2], generator=gen)
     scores[0, 0, 5:7] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    wanted, _ = retro_attention.select(scores[..., :13].clone().to(DEVICE), twin, position)
+    wanted, _ = retro_attention.select(scores[..., :13].nan_to_num(torch.inf).to(DEVICE), twin, position)
     found, _ = kernels.select(scores.to(DEVICE), cache, position)
     assert torch.equal(found[..., : wanted.shape[2]], wanted) and {5, 6} <= set(wanted[0, 0].tolist())
 
@@ -1669,6 +1669,8 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
 def measure(capsys, monkeypatch):
     """Runs a speed command as on a machine without a GPU: its first line, and the JSON of its last."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
 
     def run(args):
         assert bench.main(args.split()) == 0
