@@ -36,8 +36,8 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 i
 
 # From Hopper on, a kernel may be launched while the one before it is still running (programmatic dependent launch): its
 # programs take their places, read what older kernels have left, and wait there. That hides the launches and first reads of
-# score, select and combine, which therefore must not directly follow a kernel that writes t or, behind `score`, the cache.
-# Not of attend: it fills the multiprocessors, evenly only if it finds them all empty.
+# score, select and combine. (What they read so early, t and what the step before left in the tables and the output cache, the
+# kernel directly before must not write.) Not of attend: it fills the multiprocessors, evenly only if it finds them all empty.
 EARLY = tl.constexpr(
     os.environ.get("TRITON_INTERPRET") != "1"
     and torch.version.cuda is not None
