@@ -669,7 +669,8 @@ class Decoder:
     """One batch of sequences on its way: token ids, the position of the newest, and each layer's RetroAttention.
 
     `prefill` a prompt, then `step` with each next token; both return the logits of the token that follows. Without a prompt the
-    first step is the text's first token. The model's weights must stay where they are while a decoder lives.
+    first step is the text's first token. The model's weights must stay where they are while a decoder lives; their GPU becomes
+    the current one.
     """
 
     def __init__(self, model: Llama, batch_size: int, retro: RetroConfig | None = None, max_seq_len: int | None = None):
