@@ -91,12 +91,9 @@ class LayerCache:
     k_min: torch.Tensor | None  # (B, n_kv_head, P, hs) element-wise minimum of a page's keys
     k_max: torch.Tensor | None  # (B, n_kv_head, P, hs)
     last_loaded: torch.Tensor | None  # (B, n_kv_head, P) int32: the step at which a page was last loaded, -1 for never
-    out: (
-        torch.Tensor | None
-    )  # (B, W, n_head, hs) `accumulator` outputs of the window's rows; the row of position p in slot p % W
-    lse: (
-        torch.Tensor | None
-    )  # (B, W, n_head) `accumulator` natural-log sum of exp over the keys that a row has seen, -inf for none
+    # The output cache, in the dtype that `accumulator` names: the row of position p has slot p % W.
+    out: torch.Tensor | None  # (B, W, n_head, hs) outputs of the window's rows
+    lse: torch.Tensor | None  # (B, W, n_head) natural-log sum of exp over the keys that a row has seen, -inf for none
     exposure: torch.Tensor | None  # (B, n_kv_head, 2) int64, since the start: pages loaded; past rows' first sights of a page
 
 
@@ -106,8 +103,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_seq_len, device, dtype) -> LayerCache:
-    """A cache for max_seq_len tokens. Keys, values and bounds are not initialised: what is not yet written never
-    gets into a result."""
+    """A cache for max_seq_len tokens. Keys, values and bounds are not initialised: what is not yet written is in no result."""
     P, acc = -(-max_seq_len // config.page_size), accumulator(dtype)
     like = {"device": device, "dtype": dtype}
     kv = [torch.empty(B, n_kv_head, P, config.page_size, hs, **like) for _ in range(2)]

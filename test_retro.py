@@ -922,6 +922,10 @@ def test_decoding_follows_the_weights():
         assert_decodes_its_own_forward(model, tokens)
         model.double().set_rope()
         assert_decodes_its_own_forward(model, tokens)
+        biased = random_model(qkv_bias=True).float()
+        biased.generate(tokens, 2, retro=SPARSE)
+        biased.layers[1].attention.wv.bias.data = torch.randn_like(biased.layers[1].attention.wv.bias)
+        assert_decodes_its_own_forward(biased, tokens)
 
 
 def test_a_model_loaded_in_inference_mode_decodes():
