@@ -40,7 +40,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 import retro_attention
 from model import Decoder, Llama, LlamaConfig, Tokenizer
 from retro_attention import LayerCache, RetroConfig, accumulator, apply_rope, attend, combine, score, select, store, write
-from sample import DTYPES, choose_device, load
+from sample import DTYPES, Parser, choose_device, load
 from tiny.train import NAMES, TASKS
 
 START = time.time()
@@ -941,11 +941,6 @@ def picture(args) -> dict:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
 
 
 def at_least(least: int) -> Callable:

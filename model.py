@@ -418,6 +418,8 @@ class LlamaConfig:
 
 def read_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
     """A folder's configuration, and its weights as memory maps under Meta's names; q and k as the files have them."""
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in ("params.json", "config.json")):
+        raise ValueError(f"checkpoint {folder}: neither params.json (Meta's format) nor config.json (Hugging Face's) is in it")
     if not _is_hugging_face(folder):
         params, weights = _read_json(folder, "params.json"), _read_pth(folder)
         return LlamaConfig.from_params(params, tie_embeddings="output.weight" not in weights), weights

@@ -23,12 +23,15 @@ from retro_attention import RetroConfig, Step
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     retro = RetroConfig()
     tiny = Path(__file__).resolve().parent / "tiny"
-    parser = argparse.ArgumentParser(
-        description="Generate text with RetroAttention.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description="Generate text with RetroAttention.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--prompt", default="", help="text to continue; FILE:path reads a file, - reads stdin, empty starts from nothing")
     add("--checkpoint", default=tiny, help="folder in Meta's format or Hugging Face's")
@@ -291,6 +294,10 @@ class Trace:
         return lines
 
 
+def size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
+
+
 def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, device: torch.device, dtype: torch.dtype) -> str:
     """A line on what the weights and the caches of B texts of `length` tokens take. ValueError if the device has less."""
     with torch.device("meta"):
@@ -301,9 +308,8 @@ def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, d
     weights, kv, bounds = parameters * dtype.itemsize, kv_token * length, bounds_token * length
     outputs = sparse * B * retro.window * config.n_head * (config.head_size + 1) * 4
     line = (
-        f"{parameters / 1e6:.1f} M parameters in {str(dtype).removeprefix('torch.')}, {weights / 1e9:.3f} GB; "
-        f"for {B} x {length} tokens {kv / 1e9:.3f} GB of KV, {bounds / 1e9:.3f} of page bounds, "
-        f"{outputs / 1e9:.3f} of output cache"
+        f"{parameters / 1e6:.1f} M parameters in {str(dtype).removeprefix('torch.')}, {size(weights)}; "
+        f"for {B} x {length} tokens {size(kv)} of KV, {size(bounds)} of page bounds, {size(outputs)} of output cache"
     )
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0]
@@ -313,9 +319,7 @@ def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, d
         return line
     if weights + kv + bounds + outputs > available:
         fits = max(0, int((available - weights - outputs) / (kv_token + bounds_token)))
-        raise ValueError(
-            f"{line}: more than the {available / 1e9:.1f} GB of {device}, where at most {fits} tokens each would fit"
-        )
+        raise ValueError(f"{line}: more than the {size(available)} of {device}, where at most {fits} tokens each would fit")
     return line
 
 
