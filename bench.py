@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from importlib.metadata import distributions
 from pathlib import Path
@@ -211,14 +211,15 @@ class ReSA(Decoder):
 
 
 LAYERS = {"StreamingLLM": StreamingLLM, "TOVA": TOVA, "selection reuse": SelectionReuse, "RefreshKV": RefreshKV}
+NEIGHBOURS = [*LAYERS, "ReSA"]
 
 
-def methods(retro: RetroConfig, windows: list[int], neighbours: bool = False) -> dict[str, RetroConfig | None]:
+def methods(retro: RetroConfig, windows: list[int], neighbours: Iterable[str] = ()) -> dict[str, RetroConfig | None]:
     """Name -> configuration, None for full attention. Quest is RetroAttention with a window of 1, and nothing else."""
     quest = replace(retro, window=1)
     out = {"full": None, "Quest": quest} | {f"Retro W={w}": replace(retro, window=w) for w in windows}
     # The neighbours read sets of tokens that the kernels do not know, or more rows at once than they can hold.
-    return out | (dict.fromkeys([*LAYERS, "ReSA"], replace(quest, impl="torch")) if neighbours else {})
+    return out | dict.fromkeys(neighbours, replace(quest, impl="torch"))
 
 
 def new_decoder(name: str, retro: RetroConfig | None, model: Llama, B: int, length: int) -> Decoder:
@@ -378,7 +379,7 @@ def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], r
 
 def each_method(what: str, args, retro: RetroConfig, model: Llama, rows: dict[str, dict], B: int, T: int):
     """Yields each method's name and a fresh decoder; notes the share of KV bytes that it reads at positions prefix .. T-2."""
-    for name, config in methods(retro, args.windows, neighbours=True).items():
+    for name, config in methods(retro, args.windows, args.neighbours).items():
         progress(f"{what}: {name}")
         rows[name] = {"kv_share": kv_share(name, config, model.config.n_layer, range(args.prefix, T - 1))}
         yield name, new_decoder(name, config, model, B, T)
@@ -1026,6 +1027,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
     add_text_options(add, passages=24, least=2, length=384)
     add("--tasks", choices=list(TASKS), nargs="*", default=list(TASKS), help="of tiny/train.py; none leaves the tasks out")
+    add("--neighbours", choices=NEIGHBOURS, nargs="*", default=NEIGHBOURS, help="to compare with; none leaves them out")
     add("--questions", type=at_least(2), default=24, help="questions of each task")
     add("--entries", type=at_least(1), default=32, help="lines to remember, a question")
     add = command(exposure, "which pages neighbouring queries want, and how many a query meets")
