@@ -40,7 +40,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 import retro_attention
 from model import Decoder, Llama, LlamaConfig, Tokenizer
 from retro_attention import LayerCache, RetroConfig, accumulator, apply_rope, attend, combine, score, select, store, write
-from sample import DTYPES, Parser, choose_device, load
+from sample import DTYPES, Parser, choose_device, load, out_of_memory
 from tiny.train import NAMES, TASKS
 
 START = time.time()
@@ -296,10 +296,10 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
     return torch.tensor([start + ids[i : i + n] for i in starts], device=device)
 
 
-def forced(decoder: Decoder, idx: torch.Tensor, prefix: int):
-    """Feeds tokens prefix .. T-2 of idx (B, T) one by one. Yields, for each, the log-probabilities of the next (B, vocab) and
-    the attention outputs of the newest row, before `wo` (n_layer, B, n_head * hs). The prompt's own are left out: all methods'
-    prefill is dense."""
+def forced(decoder: Decoder, idx: torch.Tensor, prefix: int, decoded: int = 0):
+    """Prefills tokens 0 .. prefix-decoded-1 of idx (B, T) and feeds the rest but the last one by one. Yields, for each from
+    `prefix` on, the log-probabilities of the next (B, vocab) and the attention outputs of the newest row, before `wo`
+    (n_layer, B, n_head * hs)."""
     outputs = []
     decoder.captures = False  # the replay of a CUDA graph calls no hooks
     hooks = [
@@ -307,12 +307,12 @@ def forced(decoder: Decoder, idx: torch.Tensor, prefix: int):
         for layer in decoder.model.layers
     ]
     try:
-        decoder.prefill(idx[:, :prefix])
-        for i in range(prefix, idx.shape[1] - 1):
+        decoder.prefill(idx[:, : prefix - decoded])
+        for i in range(prefix - decoded, idx.shape[1] - 1):
             outputs.clear()
             logits = decoder.step(idx[:, i])
-            # Behind the step's own layers, a dense pass of ReSA's may have left more.
-            yield logits.float().log_softmax(dim=-1), torch.stack(outputs[: len(hooks)])
+            if i >= prefix:  # behind the step's own layers, a dense pass of ReSA's may have left more
+                yield logits.float().log_softmax(dim=-1), torch.stack(outputs[: len(hooks)])
     finally:
         for hook in hooks:
             hook.remove()
@@ -350,11 +350,16 @@ def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch
     return torch.tensor(rows, device=model.norm.weight.device), answers, steps
 
 
-def lines_right(decoder: Decoder, idx: torch.Tensor, answers: list[str], tok: Tokenizer, steps: int) -> torch.Tensor:
-    """Answers idx (B, T) greedily, free-running: which lines are right, to the letter (B, lines); NaN behind the last."""
-    out = torch.stack(list(decoder.stream(idx, steps, temperature=0)), dim=1).tolist()
-    right = []
-    for ids, answer in zip(out, answers, strict=True):
+def lines_right(decoder, idx: torch.Tensor, decoded: int, answers: list[str], tok: Tokenizer, steps: int) -> torch.Tensor:
+    """Answers idx (B, T), of which the last tokens are decoded and not prefilled, greedily and free-running: which lines are
+    right, to the letter (B, lines); NaN behind the last."""
+    T, right = idx.shape[1], []
+    logits = decoder.prefill(idx[:, : T - decoded])
+    for token in idx[:, T - decoded :].T:
+        logits = decoder.step(token)
+    last = greedy(decoder, logits, steps - 1).argmax(dim=-1)[:, None]
+    out = torch.cat((decoder.tokens[:, T : T + steps - 1], last), dim=1)
+    for ids, answer in zip(out.tolist(), answers, strict=True):
         wanted, got = answer.strip("\n").split("\n"), tok.decode(ids).split("\n")
         right.append(torch.tensor([a == b for a, b in itertools.zip_longest(wanted, got[: len(wanted)])]).double())
     return torch.nn.utils.rnn.pad_sequence(right, batch_first=True, padding_value=torch.nan)
@@ -392,7 +397,7 @@ def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> d
     """
     full, kl, gap, rows = [], {}, {}, {}
     for name, decoder in each_method("text", args, retro, model, rows, *idx.shape):
-        steps = forced(decoder, idx, args.prefix)
+        steps = forced(decoder, idx, args.prefix, args.decoded)
         full = full or list(steps)
         kl[name], gap[name], error = fidelity(full if name == "full" else steps, full, idx[:, args.prefix + 1 :])
         rows[name]["attention_error"] = error.tolist()
@@ -411,7 +416,7 @@ def task_quality(task: str, questions: tuple, args, retro: RetroConfig, model: L
     idx, answers, steps = questions
     right, rows = {}, {}
     for name, decoder in each_method(task, args, retro, model, rows, len(idx), args.prefix + steps):
-        right[name] = lines_right(decoder, idx, answers, tok, steps)
+        right[name] = lines_right(decoder, idx, args.decoded, answers, tok, steps)
     title = f"{task}: {args.questions} questions of {args.entries} entries, answers free-running, lines exactly right"
     compare(title, "right", ".1%", right, rows)
     return rows
@@ -420,6 +425,8 @@ def task_quality(task: str, questions: tuple, args, retro: RetroConfig, model: L
 def quality(args) -> dict:
     if args.entries > len(NAMES):
         raise ValueError(f"entries must be at most {len(NAMES)}, not {args.entries}")
+    if args.decoded >= args.prefix:
+        raise ValueError(f"decoded must be between 0 and {args.prefix - 1}, not {args.decoded}: less than prefix")
     retro, model, tok = setup(args)
     questions = {task: task_questions(task, args, model, tok) for task in args.tasks}  # names a mistake before the long work
     text = text_quality(passages(args, model, tok), args, retro, model)
@@ -1027,6 +1034,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
     add_text_options(add, passages=24, least=2, length=384)
     add("--tasks", choices=list(TASKS), nargs="*", default=list(TASKS), help="of tiny/train.py; none leaves the tasks out")
+    add("--decoded", type=at_least(0), default=0, help="of the prompt, the last tokens to decode one by one: not prefilled")
     add("--neighbours", choices=NEIGHBOURS, nargs="*", default=NEIGHBOURS, help="to compare with; none leaves them out")
     add("--questions", type=at_least(2), default=24, help="questions of each task")
     add("--entries", type=at_least(1), default=32, help="lines to remember, a question")
@@ -1077,7 +1085,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         print("bench.py: error:", str(error).split("\n")[0], file=sys.stderr)
         return 2

@@ -121,24 +121,26 @@ class Tokenizer:
         try:
             special = {token["content"]: token["id"] for token in file["added_tokens"]}
             ranks = {_token_bytes(t): i for t, i in file["model"]["vocab"].items() if t not in special}
-            splits = [p["pattern"]["Regex"] for p in file["pre_tokenizer"]["pretokenizers"] if p["type"] == "Split"]
+            split, to_bytes = file["pre_tokenizer"]["pretokenizers"]
+            pattern, kind = split["pattern"]["Regex"], (split["type"], to_bytes["type"], to_bytes.get("use_regex"))
             merges = [m if isinstance(m, list) else m.split(" ") for m in file["model"]["merges"]]
             merged = [ranks[_token_bytes(a + b)] for a, b in merges]
             normalizer = (file.get("normalizer") or {}).get("type")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise ValueError(f"checkpoint {folder}: tokenizer.json is not a byte-level BPE") from None
-        if len(splits) != 1 or normalizer not in (None, "NFC") or merged != sorted(merged):
+        if kind != ("Split", "ByteLevel", False) or normalizer not in (None, "NFC") or merged != sorted(merged):
             raise ValueError(f"checkpoint {folder}: tokenizer.json is a BPE of another kind than Llama 3's or Qwen's")
         ids = {}  # of begin and end of text; a generation may end with several
-        for name in ("config.json", "generation_config.json"):
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
             if (Path(folder) / name).is_file():
-                ids |= {k: v for k, v in _read_json(folder, name).items() if k in ("bos_token_id", "eos_token_id")}
-        stops = ids.get("eos_token_id") or []
-        # Qwen names a begin-of-text token but never puts it in front of a text; its post-processor knows.
+                ids |= _read_json(folder, name)
+        stops = ids.get("eos_token_id")
+        # Qwen names a begin-of-text token but never puts it in front of a text; Llama's post-processor, DeepSeek's options do.
         starts = json.dumps(file.get("post_processor") or {})
-        bos = next((i for name, i in special.items() if i == ids.get("bos_token_id") and json.dumps(name) in starts), None)
-        stops = stops if isinstance(stops, list) else [stops]
-        return cls(ranks, special, splits[0], bos, stops, normalize=normalizer == "NFC")
+        bos = next((name for name, i in special.items() if i == ids.get("bos_token_id")), None)
+        bos = special[bos] if bos is not None and (json.dumps(bos) in starts or ids.get("add_bos_token") is True) else None
+        stops = stops if isinstance(stops, list) else [stops] * (stops is not None)
+        return cls(ranks, special, pattern, bos, stops, normalize=normalizer == "NFC")
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`; with `bos`, begin_of_text first. Special tokens' names in the text are plain text unless `special`."""
@@ -155,15 +157,23 @@ class Tokenizer:
         """
         special = self.special
         ids = [self.bos] if self.bos is not None else []
+        for role, _ in messages:
+            if role not in ("system", "user", "assistant"):
+                raise ValueError(f"messages must be pairs of a role, system, user or assistant, and a text: not {role!r}")
         if "<｜User｜>" in special:  # before Llama's, whose special tokens the distilled models keep
-            marks = {"user": [special["<｜User｜>"]], "assistant": [special["<｜Assistant｜>"]], "system": []}
+            marks = {"system": "", "user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
+            encode = partial(self.encode, special=True)
             for role, text in messages:
-                ids += marks[role] + self.encode(text)
-            return ids + marks["assistant"]
+                ids += encode(marks[role])
+                if role == "assistant":  # what it thought is not told again
+                    ids += self.encode(text.split("</think>")[-1]) + encode("<｜end▁of▁sentence｜>")
+                else:
+                    ids += self.encode(text)
+            return ids + encode("<｜Assistant｜><think>\n")
         if "<|start_header_id|>" in special:
             start, end, turn = (special[name] for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
             for role, text in messages:
-                ids += [start, *self.encode(role), end, *self.encode("\n\n" + text), turn]
+                ids += [start, *self.encode(role), end, *self.encode("\n\n" + text.strip()), turn]
             return [*ids, start, *self.encode("assistant"), end, *self.encode("\n\n")]
         if "<|im_start|>" in special:
             start, end = special["<|im_start|>"], special["<|im_end|>"]
@@ -174,11 +184,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self.bpe.decode(list(ids))
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token: a character may be spread over several."""
-        return self.bpe.decode_single_token_bytes(token)
+        """The bytes of one token: a character may be spread over several. An id that only the model has (Qwen's embedding
+        table is padded) has none."""
+        try:
+            return self.bpe.decode_single_token_bytes(token)
+        except KeyError:
+            return b""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,7 +256,12 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+            entries = {}
+            for name, entry in header.items():
+                (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
+                if not all(isinstance(n, int) and n >= 0 for n in (start, end, *shape)):
+                    raise ValueError
+                entries[name] = str(entry["dtype"]), shape, start, end
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ValueError(f"{path}: the header is not safetensors' JSON") from None
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
@@ -251,7 +270,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         if dtype not in SAFETENSORS_DTYPES:
             raise ValueError(f"{path}: {name} has dtype {dtype}: must be one of {', '.join(SAFETENSORS_DTYPES)}")
         dtype = SAFETENSORS_DTYPES[dtype]
-        if not 0 <= start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
+        if not start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{path}: {name} of shape {shape} lies at bytes {start} to {end} of {len(data)}: truncated?")
         raw = data[start:end]
         tensors[name] = (raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()).view(dtype).view(shape)
@@ -259,18 +278,15 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_hugging_face(folder: str | Path) -> dict[str, torch.Tensor]:
-    """All *.safetensors of a folder, or those that model.safetensors.index.json names, under Meta's names."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    index = {}
+    """model.safetensors of a folder, or the files that model.safetensors.index.json names, under Meta's names."""
+    files, index = [], {}
     if (Path(folder) / "model.safetensors.index.json").is_file():
         index = _read_json(folder, "model.safetensors.index.json").get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
             raise ValueError(f"checkpoint {folder}: model.safetensors.index.json has no weight_map")
         files = [_checkpoint_file(folder, name) for name in sorted(set(index.values()))]
-    if not files:
-        raise ValueError(f"checkpoint {folder}: model.safetensors is missing")
     weights = {}
-    for path in files:
+    for path in files or [_checkpoint_file(folder, "model.safetensors")]:
         weights |= _read_safetensors(path)
     for name in index:
         if name not in weights:
@@ -336,11 +352,11 @@ class LlamaConfig:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, not {getattr(self, name)!r}")
         for name in ("norm_eps", "rope_theta") if self.rope_scaling is None else ("norm_eps", "rope_theta", "rope_scaling"):
-            if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
+            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number > 0, not {getattr(self, name)!r}")
         if self.head_size is None and self.dim % self.n_head == 0:
             self.head_size = self.dim // self.n_head
-        if not self.head_size or self.head_size % 2 or self.n_head % self.n_kv_head:
+        if not isinstance(self.head_size, int) or self.head_size < 2 or self.head_size % 2 or self.n_head % self.n_kv_head:
             raise ValueError(
                 f"dim {self.dim} must be an even multiple of n_head {self.n_head} (or head_size given, and even), "
                 f"and n_head a multiple of n_kv_head {self.n_kv_head}"
@@ -353,12 +369,13 @@ class LlamaConfig:
             if not isinstance(params.get(key), int) or params[key] < 1:
                 raise ValueError(f"params.json: {key} must be an integer >= 1, not {params.get(key, 'missing')!r}")
         multiplier = params.get("ffn_dim_multiplier", 1)
-        if not isinstance(multiplier, (int, float)) or not multiplier > 0:
+        if not isinstance(multiplier, (int, float)) or not 0 < multiplier < math.inf:
             raise ValueError(f"params.json: ffn_dim_multiplier must be a number > 0, not {multiplier!r}")
         # Meta's rule for SwiGLU: two thirds of 4*dim, times a multiplier, rounded up to a multiple.
         ffn_dim = int(multiplier * int(8 * params["dim"] / 3))
         ffn_dim = math.ceil(ffn_dim / params["multiple_of"]) * params["multiple_of"]
         scaled = params.get("use_scaled_rope", False)
+        factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] < 4096 else 8.0)  # the files of 3.2 don't say it
         return cls(
             dim=params["dim"],
             n_layer=params["n_layers"],
@@ -369,7 +386,7 @@ class LlamaConfig:
             max_seq_len=params.get("max_seq_len", 131_072 if scaled else 8_192),
             norm_eps=params.get("norm_eps", 1e-5),
             rope_theta=params.get("rope_theta", 500_000.0),
-            rope_scaling=params.get("rope_scaling_factor", 8.0) if scaled else None,
+            rope_scaling=factor if scaled else None,
             tie_embeddings=tie_embeddings,
         )
 
@@ -394,7 +411,10 @@ class LlamaConfig:
             if key not in config:
                 raise ValueError(f"config.json: {key} is missing")
         # rope_theta beside rope_scaling in published checkpoints, rope_parameters as transformers 5 writes them
-        rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"config.json: rope {rope!r} is not supported: must be an object")
+        rope = {"rope_theta": config.get("rope_theta"), **rope}
         kind = rope.get("rope_type", rope.get("type", "default"))
         llama3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
         if kind not in ("default", "llama3") or kind == "llama3" and any(rope.get(key) != n for key, n in llama3.items()):
@@ -409,7 +429,7 @@ class LlamaConfig:
             max_seq_len=config["max_position_embeddings"],
             norm_eps=config["rms_norm_eps"],
             rope_theta=rope.get("rope_theta"),
-            rope_scaling=rope.get("factor") if kind == "llama3" else None,
+            rope_scaling=rope.get("factor", 0) if kind == "llama3" else None,  # 0 is refused: it must be there
             tie_embeddings=config.get("tie_word_embeddings", False),
             head_size=config.get("head_dim"),
             qkv_bias=config["model_type"] == "qwen2",
@@ -718,7 +738,8 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
-        """(B, T) prompt -> (B, vocab). ValueError if it is empty, longer than the context, or another number of texts."""
+        """(B, T) prompt -> (B, vocab). ValueError if it is empty, longer than the context, or another number of texts, or if
+        the logits are not finite."""
         T = idx.shape[1]
         if len(idx) != len(self.tokens):
             raise ValueError(f"the prompt has {len(idx)} texts: must be {len(self.tokens)}, as the decoder was made for")
@@ -728,7 +749,10 @@ class Decoder:
         self.t.fill_(T - 1)
         self.position = T - 1
         x = self.model.hidden(idx, *self.model.rope, self.layers)  # (B, T, dim)
-        return self.model.logits(x[:, -1])
+        logits = self.model.logits(x[:, -1])
+        if not logits.isfinite().all():
+            raise ValueError(f"the model's logits are not finite: its weights are broken, or too large for {logits.dtype}")
+        return logits
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor) -> torch.Tensor:
@@ -777,7 +801,7 @@ class Decoder:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, not {max_new_tokens}")
         if not (temperature == 0 or 1e-6 <= temperature < math.inf):  # below, logits / temperature overflow
-            raise ValueError(f"temperature must be 0 or >= 1e-6, not {temperature}")
+            raise ValueError(f"temperature must be 0 or a finite number >= 1e-6, not {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be >= 1, not {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
@@ -813,5 +837,5 @@ def sample_token(logits, temperature, top_k, top_p, generator) -> torch.Tensor:
         probs[:, top_k:] = 0
     if top_p is not None:
         # The smallest set of likeliest tokens that holds top_p: a token stays if those before it hold less.
-        probs[probs.cumsum(dim=-1) - probs >= top_p] = 0
+        probs[:, 1:][(probs.cumsum(dim=-1) - probs >= top_p)[:, 1:]] = 0
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)

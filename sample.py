@@ -294,6 +294,10 @@ class Trace:
         return lines
 
 
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error)) is not None
+
+
 def size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
 
@@ -305,7 +309,8 @@ def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, d
     sparse = config.n_layer - retro.dense_layers
     vector = B * config.n_kv_head * config.head_size * dtype.itemsize  # a layer's keys of one position, or its values
     kv_token, bounds_token = 2 * config.n_layer * vector, 2 * sparse * vector / retro.page_size
-    weights, kv, bounds = parameters * dtype.itemsize, kv_token * length, bounds_token * length
+    held = -(-length // retro.page_size) * retro.page_size  # tokens in whole pages
+    weights, kv, bounds = parameters * dtype.itemsize, kv_token * held, bounds_token * held
     outputs = sparse * B * retro.window * config.n_head * (config.head_size + 1) * 4
     line = (
         f"{parameters / 1e6:.1f} M parameters in {str(dtype).removeprefix('torch.')}, {size(weights)}; "
@@ -318,7 +323,7 @@ def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, d
     else:
         return line
     if weights + kv + bounds + outputs > available:
-        fits = max(0, int((available - weights - outputs) / (kv_token + bounds_token)))
+        fits = max(0, int((available - weights - outputs) / (kv_token + bounds_token) / retro.page_size) * retro.page_size)
         raise ValueError(f"{line}: more than the {size(available)} of {device}, where at most {fits} tokens each would fit")
     return line
 
@@ -368,6 +373,8 @@ def run(args: argparse.Namespace) -> int:
         retro = replace(retro, window=1, dense_layers=config.n_layer)
     target = trace_target(args.trace, config, retro) if args.trace is not None else None
     ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
+    if not ids:
+        raise ValueError("prompt must not be empty: this tokenizer has no begin-of-text token to start from")
     # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
     length = min(len(ids) + max(1, args.max_new_tokens), config.max_seq_len)
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -385,7 +392,7 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(trace.legend()), file=sys.stderr)
         code = show(stream, "" if args.chat else prompt, tok, args.num_samples, report)
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not out_of_memory(error):
             raise
         raise ValueError(f"not enough memory on {device} for num_samples {args.num_samples} of {length} tokens") from None
     if report.steps == config.max_seq_len - len(ids):
