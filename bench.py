@@ -278,7 +278,7 @@ def read_text(path: str) -> str:
 
 
 def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
-    """(B, prefix + length + 1) ids: passages of the text that do not overlap, evenly spread, each behind begin_of_text.
+    """(B, prefix + length + 1) ids: passages of the text that do not overlap, evenly spread, each after begin_of_text.
 
     Without --text, texts sampled from the checkpoint itself with full attention: always at hand, and in the model's own words.
     """
@@ -311,7 +311,7 @@ def forced(decoder: Decoder, idx: torch.Tensor, prefix: int, decoded: int = 0):
         for i in range(prefix - decoded, idx.shape[1] - 1):
             outputs.clear()
             logits = decoder.step(idx[:, i])
-            if i >= prefix:  # behind the step's own layers, a dense pass of ReSA's may have left more
+            if i >= prefix:  # after the step's own layers, a dense pass of ReSA's may have left more
                 yield logits.float().log_softmax(dim=-1), torch.stack(outputs[: len(hooks)])
     finally:
         for hook in hooks:
@@ -352,7 +352,7 @@ def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch
 
 def lines_right(decoder, idx: torch.Tensor, decoded: int, answers: list[str], tok: Tokenizer, steps: int) -> torch.Tensor:
     """Answers idx (B, T), of which the last tokens are decoded and not prefilled, greedily and free-running: which lines are
-    right, to the letter (B, lines); NaN behind the last."""
+    right, to the letter (B, lines); NaN after the last."""
     T, right = idx.shape[1], []
     logits = decoder.prefill(idx[:, : T - decoded])
     for token in idx[:, T - decoded :].T:
@@ -403,8 +403,8 @@ def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> d
         rows[name]["attention_error"] = error.tolist()
     source = args.text or "text sampled from the checkpoint"
     print(f"\n{args.passages} passages of {source}: {args.prefix} tokens of prompt, {args.length} decoded, teacher-forced")
-    compare("KL to full attention, by position behind the prompt", "kl", ".5f", kl, rows)
-    ends = compare("Nats a token lost, by position behind the prompt", "gap", ".4f", gap, rows)
+    compare("KL to full attention, by position after the prompt", "kl", ".5f", kl, rows)
+    ends = compare("Nats a token lost, by position after the prompt", "gap", ".4f", gap, rows)
     errors = {name: {f"layer {i}": x for i, x in enumerate(row["attention_error"])} for name, row in rows.items()}
     title = "Attention outputs: distance to full attention's, relative to their length"
     table(title, errors, dict.fromkeys(errors["full"], ".3f"))
@@ -485,7 +485,7 @@ def effective_budget(retro: RetroConfig, args, model: Llama, idx: torch.Tensor) 
     decoder = Decoder(model, len(idx), retro, idx.shape[1])
     for _ in forced(decoder, idx, args.prefix):
         pass
-    loaded, first_seen = sum(layer.cache.exposure.sum((0, 1)) for layer in decoder.layers if not layer.dense).tolist()
+    loaded, first_seen = sum(layer.cache.counts.sum((0, 1)) for layer in decoder.layers if not layer.dense).tolist()
     return 1 + first_seen / loaded
 
 
@@ -543,7 +543,7 @@ def longgen_prompt(examples: list[dict], questions: list[dict]) -> str:
 def read_answers(text: str) -> dict[int, float]:
     """Number of the question -> result, wherever in the text the answer stands.
 
-    The result is the number behind 'The answer is', else the last one before the next answer begins. Of several answers with
+    The result is the number after 'The answer is', else the last one before the next answer begins. Of several answers with
     the same number the first that holds a result counts: what follows may be another question of the model's own making.
     """
     found = {}
@@ -702,7 +702,7 @@ def fill(cache: LayerCache, t: int):
 
 
 def layer_bytes(config: RetroConfig, shape: LlamaConfig, B: int, context: int, size: int) -> dict[str, int]:
-    """Bytes that a layer must read, `size` a number of the model's. "four", the floor of the kernels behind `write`, is what no
+    """Bytes that a layer must read, `size` a number of the model's. "four", the floor of the kernels after `write`, is what no
     implementation gets around: the bounds of the pages held, and K and V of the pages selected."""
     held, selected = (context - 1) // config.page_size + 1, config.pages_selected(context - 1)
     vector = B * shape.n_kv_head * shape.head_size * size  # a token's keys
@@ -912,16 +912,18 @@ def long_run(args) -> dict:
 
 
 def last_line(path: str, command: str) -> dict:
-    """The results of a command whose output was saved: its last line is the JSON."""
+    """The record of a command whose output was saved: its last line."""
     try:
         record = json.loads(read_text(path).rstrip().split("\n")[-1])
-        return {command: record["results"]}[record["command"]]
+        return {command: record}[record["command"]]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{path}: its last line is not the JSON of bench.py {command}") from None
 
 
 def picture(args) -> dict:
-    text, met = last_line(args.quality, "quality")["text"], last_line(args.exposure, "exposure")["effective_budget"]
+    runs = {run["arguments"]["decoded"]: run for run in (last_line(path, "quality") for path in args.quality)}
+    rows = [runs[decoded]["results"]["text"]["rows"] for decoded in sorted(runs)]
+    met = last_line(args.exposure, "exposure")["results"]["effective_budget"]
     try:
         import matplotlib
     except ImportError:
@@ -931,11 +933,10 @@ def picture(args) -> dict:
 
     pyplot.style.use(["tableau-colorblind10", {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150)
-    middles = [(a + b) / 2 for a, b in itertools.pairwise(text["positions"])]
-    drawn = {name: row["kl_by_position"] for name, row in text["rows"].items() if name.startswith(("Quest", "Retro"))}
-    for (name, kl), marker in zip(drawn.items(), itertools.cycle("osD^vP"), strict=False):
-        left.plot(middles, kl, marker=marker, label=name)
-    left.set(xlabel="tokens generated", ylabel="KL to full attention, nats a token", ylim=(0, None))
+    drawn = [name for name in rows[0] if name.startswith(("Quest", "Retro"))]
+    for name, marker in zip(drawn, itertools.cycle("osD^vP"), strict=False):
+        left.plot(sorted(runs), [row[name]["kl"] for row in rows], marker=marker, label=name)
+    left.set(xlabel="tokens decoded before, of the same context", ylabel="KL to full attention, nats a token")
     figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
     right.plot([int(w) for w in met], list(met.values()), marker="o")
     for w, x in met.items():
@@ -988,7 +989,7 @@ def add_text_options(add: Callable, passages: int, least: int, length: int):
     add("--seed", type=int, default=0, help="of the sampled texts and of the tasks' questions")
     add("--passages", type=at_least(least), default=passages, help="passages, as one batch")
     add("--prefix", type=at_least(1), default=2048, help="tokens of prompt")
-    add("--length", type=at_least(1), default=length, help="tokens decoded behind it, a passage")
+    add("--length", type=at_least(1), default=length, help="tokens decoded after it, a passage")
 
 
 def add_longgen_options(add: Callable):
@@ -1050,7 +1051,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=at_least(1), default=3, help="times that all methods are measured in turn, 30 steps each")
     add("--long", type=at_least(100), default=0, help="instead, generate so many tokens in one go: tiny/'s shape, W=8")
     add = command(picture, "draws the results of quality and exposure (needs matplotlib)")
-    add("--quality", required=True, help="saved output of bench.py quality")
+    add("--quality", required=True, nargs="+", help="saved outputs of bench.py quality, one for each --decoded")
     add("--exposure", required=True, help="saved output of bench.py exposure")
     add("--out", default="quality.png", help="file to write")
 

@@ -2,7 +2,7 @@
 
     1. write    grid (B, n_head + n_kv_head)         a program rotates one head's rows; a KV head also stores and bounds them
     2. score    grid (B * n_kv_head, blocks of P)    a scan of the page bounds
-    3. select   grid (B * n_kv_head,)                all scores of a KV head in registers: exact top-k, exposure table
+    3. select   grid (B * n_kv_head,)                all scores of a KV head in registers: exact top-k, exposure mask A
     4. attend   grid (splits, B * n_kv_head)         flash attention of W * G rows over a share of the selected pages
     5. combine  grid (B * W * n_head,)               merges the splits and the output cache
 
@@ -11,11 +11,14 @@ and of what a decode step computes beside attention, rms_norm and swiglu.
 For a reader new to Triton: a kernel runs once for each *program* of its grid, and `tl.program_id` says which. Arguments named
 like tensors are pointers to their first element; a pointer plus a block of offsets is a block of addresses, of which those
 whose mask is false read `other` and write nothing. `tl.constexpr` arguments are compiled in. The threads of a program share
-its blocks; they see each other's stores to memory only behind a barrier, those of other programs not at all.
+its blocks; they see each other's stores to memory only after a barrier, those of other programs only when their kernel has
+ended. The sides of a block are powers of two: ROWS, N, SPLITS and DIM are sizes rounded up, and masks cut off what is too much.
+`num_warps` says how many groups of 32 threads share a program, `num_stages` how many tiles of a loop are on their way at once;
+where None is passed for a pointer, the branch that would use it is not compiled.
 
 Below each function `step` that checks, allocates and launches stands its kernel `step_kernel`. Grids and shapes depend on the
-sizes of the cache and never on the position: `t` is loaded inside, so nothing waits for the device and a whole step can
-become a CUDA graph. What is stored behind position t is never read into a result.
+sizes of the cache and never on the position: `t` is loaded inside, so the host never waits for the device and a whole step can
+become a CUDA graph. What is stored after position t is never read into a result.
 
 Bytes are those of one layer and one step; e is the element size, heads = B * n_kv_head.
 
@@ -34,10 +37,10 @@ from retro_attention import LayerCache, RetroConfig
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
 
-# From Hopper on, a kernel may be launched while the one before it is still running (programmatic dependent launch): its
-# programs take their places, read what older kernels have left, and wait there. That hides the launches and first reads of
-# score, select and combine. (What they read so early, t and what the step before left in the tables and the output cache, the
-# kernel directly before must not write.) Not of attend: it fills the multiprocessors, evenly only if it finds them all empty.
+# From Hopper on, a kernel can be launched before the one ahead of it has ended (programmatic dependent launch). score, select
+# and combine are: each loads what no running kernel writes, t and tables that the step before left, and then waits. That hides
+# the launches and the first reads. write is launched normally, for what stands before it is PyTorch's. So is attend: it fills
+# the multiprocessors evenly only if it finds them all empty, so select lets nobody in.
 EARLY = tl.constexpr(
     os.environ.get("TRITON_INTERPRET") != "1"
     and torch.version.cuda is not None
@@ -49,15 +52,15 @@ LAUNCH_EARLY = {"launch_pdl": True} if EARLY.value else {}
 
 @triton.jit
 def let_the_next_kernel_in():
-    """To be called where all older kernels have ended: behind the wait, or at the top where a kernel is not launched early."""
+    """Allows the next kernel to start. To be called only where all older kernels have ended: after the wait, or first thing in
+    a kernel that is launched normally."""
     if EARLY:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_the_kernel_before():
-    """Returns when all older kernels have ended. Before it nothing is stored, and nothing read that the last of them writes:
-    only what those before that one wrote, which had ended when this one was let in."""
+    """Returns when all older kernels have ended. Before it nothing is stored, and nothing read that the kernel ahead writes."""
     if EARLY:
         gdc_wait()
 
@@ -97,7 +100,7 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
         PS=ps,
         HS=hs,
         BOUNDED=cache.k_min is not None,
-        num_warps=1 if W <= 8 else 4,  # a few rows: more threads would only wait for each other
+        num_warps=1 if W <= 8 else 4,  # a few rows: more warps would only wait
     )
     return q_rotated
 
@@ -137,7 +140,8 @@ def write_kernel(
     """q, k = rope(q), rope(k); K[rows], V[rows] = k, v; bounds[touched pages] = min, max of their keys
 
     Grid (B, n_head + n_kv_head): a program has one head and its W rows. Reads and writes B * W * (n_head + 2 n_kv_head) * hs
-    * e bytes each way, and for the bounds heads * touched pages * (ps + 2) * hs * e more.
+    * e bytes each way; each program reads the angles, W * hs * 4 bytes, which the L2 cache holds. For the bounds reads the keys
+    before the window in its first page, heads * ((t-W+1) % ps) * hs * e, and writes heads * touched pages * 2 * hs * e.
     """
     let_the_next_kernel_in()
     b, head = tl.program_id(0), tl.program_id(1)
@@ -161,11 +165,11 @@ def write_kernel(
         x = tl.load(k + row * k_stride + rest, mask=real[:, None], other=0.0)
         x = rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype)  # (ROWS, HS)
         first_page = (b * n_kv_head + h).to(tl.int64) * P  # of this head
-        slots = first_page * PS * HS + p[:, None] * HS + i[None, :]  # (ROWS, HS)
-        tl.store(cache_k + slots, x, mask=real[:, None])
-        tl.store(cache_v + slots, tl.load(v + row * v_stride + rest, mask=real[:, None], other=0.0), mask=real[:, None])
+        place = first_page * PS * HS + p[:, None] * HS + i[None, :]  # (ROWS, HS) pages lie one after the other
+        tl.store(cache_k + place, x, mask=real[:, None])
+        tl.store(cache_v + place, tl.load(v + row * v_stride + rest, mask=real[:, None], other=0.0), mask=real[:, None])
 
-        # Bounds: the window's keys are at hand, only the page's earlier ones are read (no barrier after the store above).
+        # Bounds: the window's keys are in registers, only the page's earlier ones are read (no barrier after the store above).
         if BOUNDED:
             offset = tl.arange(0, PS)
             for page in range(tl.maximum(t - W + 1, 0) // PS, t // PS + 1):
@@ -187,7 +191,7 @@ def write_kernel(
 
 
 def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Quest's bound for the newest row, summed over the group -> (B, n_kv_head, P) float32; only pages held are written."""
+    """Quest's bounds of the newest row, summed over the group -> (B, n_kv_head, P) float32; only pages held are written."""
     B, W, n_head, hs = q.shape
     assert q.is_contiguous(), "q must be contiguous"
     n_kv_head, P, ps = cache.k.shape[1:4]
@@ -273,8 +277,8 @@ def pages_selected(t, SHARE: tl.constexpr, WHOLE: tl.constexpr, FLOOR: tl.conste
 
 
 def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top pages and the steps at which they were last loaded, two of (B, n_kv_head, S) int32. S is the most that any
-    position needs; only the first `pages_selected(t)` are written. Then the exposure table says t."""
+    """Top pages and the steps that last loaded them, two of (B, n_kv_head, S) int32. S is the most that any position needs;
+    only the first `pages_selected(t)` are written. Then the exposure mask says t. Scores may be infinite here."""
     B, n_kv_head, P = scores.shape
     S = cache.config.most_pages_selected(P)
     pages, stamps = (torch.empty(B, n_kv_head, S, device=scores.device, dtype=torch.int32) for _ in range(2))
@@ -282,7 +286,7 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
     select_kernel[(B * n_kv_head,)](
         scores,
         cache.last_loaded,
-        cache.exposure,
+        cache.counts,
         pages,
         stamps,
         t,
@@ -300,7 +304,7 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
 def select_kernel(
     scores,
     last_loaded,
-    exposure,
+    counts,
     pages,
     stamps,
     t_ptr,
@@ -316,29 +320,30 @@ def select_kernel(
     """pages = top-k(score); stamps = A[pages]; A[pages] = t
 
     Grid (B * n_kv_head,): a program has all scores of one KV head. Reads heads * held * 8 bytes of scores and stamps, writes
-    heads * k * 12, with k = pages_selected(t).
+    heads * count * 12, with count = pages_selected(t).
     """
     bh = tl.program_id(0).to(tl.int64)
     t64 = tl.load(t_ptr)
     count = pages_selected(t64, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
     t = t64.to(tl.int32)  # all that follows fits 32 bits, in which a GPU computes fastest
     held, first = t // PS + 1, tl.maximum(t - W + 1, 0) // PS  # the window's own pages, `first` and on, are always chosen ...
-    rest = count - (held - first)  # ... and so many of those before
+    rest = count - (held - first)  # ... and this many of the earlier ones
     page = tl.arange(0, N)  # (N,)
     # The tables were last written by the step before; the scores by the kernel before.
     stamp = tl.load(last_loaded + bh * P + page, mask=page < held, other=0)  # (N,) of all pages
-    loaded, sights = tl.load(exposure + bh * 2), tl.load(exposure + bh * 2 + 1)
+    loaded, sights = tl.load(counts + bh * 2), tl.load(counts + bh * 2 + 1)
     wait_for_the_kernel_before()
     x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
-    x = tl.where(x == x, x, float("inf"))  # a NaN, as keys that have overflowed make it, comes first
+    x = tl.where(x == x, x, float("inf"))  # a NaN, of keys that have overflowed, ranks first
     # Integers in the order of the scores: a positive float's bits rise with it, a negative one's fall. -0.0 counts as 0.0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
     key = tl.where(page < first, key, 0).to(tl.uint32)
 
-    # The threshold: at least `rest` keys reach `low`, fewer than that reach `high`. Two values between them are tried at once,
-    # their counts side by side in one number. Done when exactly `rest` keys reach `low`, or only equal ones are left.
-    COUNTS: tl.constexpr = tl.int32 if N < 65536 else tl.int64
+    # The threshold: at least `rest` keys reach `low`, fewer than that reach `high` (none where `rest` is 0). Two values between
+    # them are tried at once, the numbers of keys that reach them side by side in one integer: they fit, as the smallest key
+    # reaches neither. Done when exactly `rest` keys reach `low`, or only equal ones are left.
+    BOTH: tl.constexpr = tl.int32 if N < 65536 else tl.int64
     BITS: tl.constexpr = 16 if N < 65536 else 32
     low = tl.min(tl.where(page < first, key, 0xFFFFFFFF).to(tl.uint32), axis=0)
     high = tl.max(key, axis=0) + 1
@@ -346,8 +351,8 @@ def select_kernel(
     while (reached != rest) & (high > low + 1):
         third = tl.maximum((high - low) // 3, 1)
         a, b = low + third, low + 2 * third
-        counts = tl.sum((key >= a).to(COUNTS) + ((key >= b).to(COUNTS) << BITS), axis=0)
-        at_a, at_b = (counts & ((1 << BITS) - 1)).to(tl.int32), (counts >> BITS).to(tl.int32)
+        both = tl.sum((key >= a).to(BOTH) + ((key >= b).to(BOTH) << BITS), axis=0)
+        at_a, at_b = (both & ((1 << BITS) - 1)).to(tl.int32), (both >> BITS).to(tl.int32)
         high = tl.where(at_b >= rest, high, tl.where(at_a >= rest, b, a))
         low = tl.where(at_b >= rest, b, tl.where(at_a >= rest, a, low))
         reached = tl.where(at_b >= rest, at_b, tl.where(at_a >= rest, at_a, reached))
@@ -357,8 +362,8 @@ def select_kernel(
         room = rest - tl.sum((key > low).to(tl.int32), axis=0)
         chosen = (key > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
     chosen = (chosen & (page < first)) | ((page >= first) & (page < held))
-    # Ascending pages: each behind those chosen in its row of LANES pages, and those behind the rows before. One cumsum over
-    # all N would hand partial sums from thread to thread through the whole program.
+    # A page's slot is the number of chosen pages before it: those in its own row of LANES pages and those of the rows above.
+    # One cumsum over all N would hand partial sums from thread to thread through the whole program.
     LANES: tl.constexpr = 32 if N >= 32 else N
     lanes = chosen.to(tl.int32).reshape(N // LANES, LANES)
     in_row = tl.sum(lanes, axis=1)  # (N / LANES,)
@@ -369,11 +374,11 @@ def select_kernel(
     tl.store(stamps + bh * S + slot, stamp, mask=chosen)
     tl.store(last_loaded + bh * P + page, t, mask=chosen)
 
-    # The past rows that see a page for the first time: those that are neither older than the page nor its last load.
+    # The past rows that see a page for the first time: at or after its first token and after its last load, oldest .. t-1.
     oldest = tl.maximum(tl.maximum(stamp + 1, page * PS), t - W + 1)  # (N,)
     first_sights = tl.sum(tl.where(chosen, tl.maximum(t - oldest, 0), 0), axis=0)
-    tl.store(exposure + bh * 2, loaded + count)
-    tl.store(exposure + bh * 2 + 1, sights + first_sights)
+    tl.store(counts + bh * 2, loaded + count)
+    tl.store(counts + bh * 2 + 1, sights + first_sights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -391,7 +396,7 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
     # A tile of keys is what a program has in flight; in float32 a larger one does not fit the registers.
     KEYS = 128 if q.element_size() == 2 else 32
     # About two programs a multiprocessor, but none with less than a tile of keys to read.
-    programs = 256 if q.is_cuda else 3
+    programs = 256 if q.is_cuda else 3  # in the interpreter enough for parts to merge
     splits = max(1, min(programs // (B * n_kv_head), triton.cdiv(S * ps, KEYS), 64))
     o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
     lse = torch.empty(splits, B, W, n_head, device=q.device, dtype=torch.float32)
@@ -448,7 +453,7 @@ def attend_kernel(
     """o = softmax(q . K / sqrt(hs)) V and its lse, over the keys at j <= p in pages with stamp < p, for the row at position p
 
     Grid (splits, B * n_kv_head): a program has all W * G rows of a KV head and a share of its pages. Reads each selected page
-    once, heads * k * ps * 2 * hs * e bytes with k = pages_selected(t); writes splits * B * W * n_head * (hs + 1) * 4.
+    once, heads * count * ps * 2 * hs * e bytes with count = pages_selected(t); writes splits * B * W * n_head * (hs + 1) * 4.
     """
     let_the_next_kernel_in()
     split, splits = tl.program_id(0), tl.num_programs(0)
@@ -461,12 +466,12 @@ def attend_kernel(
     w = r // G  # (ROWS,) window row w and query head h * G + r % G
     row = (b * W + w) * n_kv_head * G + h * G + r % G  # (ROWS,) in (B, W, n_head)
     p = t - W + 1 + w  # (ROWS,) its position
-    x = tl.load(q + row[:, None] * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
+    queries = tl.load(q + row[:, None] * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
 
     # This split's share of the page list, in whole pages.
-    total = t // PS + 1 if DENSE else pages_selected(t64, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
-    per_split = (total + splits - 1) // splits
-    start, end = split * per_split, tl.minimum((split + 1) * per_split, total)
+    count = t // PS + 1 if DENSE else pages_selected(t64, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
+    per_split = (count + splits - 1) // splits
+    start, end = split * per_split, tl.minimum((split + 1) * per_split, count)
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)  # running maximum of the scores, base 2
     norm = tl.zeros([ROWS], dtype=tl.float32)  # running sum of exp2(score - top)
     acc = tl.zeros([ROWS, HS], dtype=tl.float32)  # running sum of exp2(score - top) * v
@@ -482,7 +487,7 @@ def attend_kernel(
         written = (slot < end) & (j <= t)
         tile = j[:, None] * HS + i[None, :]  # (KEYS, HS)
         keys = tl.load(head_k + tile, mask=written[:, None], other=0.0)  # (KEYS, HS)
-        scores = tl.dot(x, keys.T, input_precision="ieee") * (scale * LOG2E)  # (ROWS, KEYS)
+        scores = tl.dot(queries, keys.T, input_precision="ieee") * (scale * LOG2E)  # (ROWS, KEYS)
         visible = written[None, :] & (j[None, :] <= p[:, None]) & (stamp[None, :] < p[:, None])  # (ROWS, KEYS)
         scores = tl.where(visible, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))  # (ROWS,)
@@ -495,7 +500,7 @@ def attend_kernel(
         top = new_top
 
     seen = norm > 0
-    part = split.to(tl.int64) * (tl.num_programs(1) // n_kv_head) * W * n_kv_head * G + row  # (ROWS,) in (splits, B, W, n_head)
+    part = split.to(tl.int64) * tl.num_programs(1) * W * G + row  # (ROWS,) in (splits, B, W, n_head)
     result = acc / tl.where(seen, norm, 1.0)[:, None]  # (ROWS, HS)
     total_lse = tl.where(seen, (top + tl.log2(tl.where(seen, norm, 1.0))) / LOG2E, float("-inf"))  # (ROWS,)
     tl.store(o + part[:, None] * HS + i[None, :], result, mask=(w < W)[:, None])
@@ -554,16 +559,16 @@ def combine_kernel(
     i, split = tl.arange(0, HS), tl.arange(0, SPLITS)
     part = split * tl.num_programs(0) + row  # (SPLITS,) in (splits, B, W, n_head)
     if CACHED:
-        # Position p has slot p % W, and row w stands at t - W + 1 + w. The newest takes the slot of the row that leaves: pop.
-        # What is in there was written by the step before.
+        # Position p = t - W + 1 + w has slot p % W, which is (t + 1 + w) % W also where p is negative. The newest row takes
+        # the slot of the one that leaves: pop. What the cache holds was written by the step before.
         slot = (b * W + (tl.load(t_ptr) + 1 + w) % W) * n_head + head
-        seen_lse = tl.where(w < W - 1, tl.load(cache_lse + slot), float("-inf"))
-        seen_out = tl.where(w < W - 1, tl.load(cache_out + slot * HS + i), 0.0)  # (HS,)
+        cached_lse = tl.where(w < W - 1, tl.load(cache_lse + slot), float("-inf"))
+        cached_out = tl.where(w < W - 1, tl.load(cache_out + slot * HS + i), 0.0)  # (HS,)
     wait_for_the_kernel_before()
     part_lse = tl.load(lse + part, mask=split < splits, other=float("-inf"))  # (SPLITS,)
     top = tl.max(part_lse, axis=0)
     if CACHED:
-        top = tl.maximum(top, seen_lse)
+        top = tl.maximum(top, cached_lse)
     finite = tl.where(top == float("-inf"), 0.0, top)  # nothing seen at all: every weight is exp(-inf - 0) = 0
 
     weight = tl.exp2((part_lse - finite) * LOG2E)  # (SPLITS,)
@@ -571,15 +576,15 @@ def combine_kernel(
     norm = tl.sum(weight, axis=0)
     result = tl.sum(weight[:, None] * parts, axis=0)  # (HS,)
     if CACHED:
-        seen_weight = tl.exp2((seen_lse - finite) * LOG2E)
-        norm += seen_weight
-        result += seen_weight * seen_out
-    some = norm > 0
-    result = result / tl.where(some, norm, 1.0)
+        cached_weight = tl.exp2((cached_lse - finite) * LOG2E)
+        norm += cached_weight
+        result += cached_weight * cached_out
+    seen = norm > 0
+    result = result / tl.where(seen, norm, 1.0)
     tl.store(merged + row * HS + i, result.to(merged.dtype.element_ty))
     if CACHED:  # update the past rows, push the newest
         tl.debug_barrier()  # all threads of the program have read the old lse before one replaces it
-        total = tl.where(some, finite + tl.log2(tl.where(some, norm, 1.0)) / LOG2E, float("-inf"))
+        total = tl.where(seen, finite + tl.log2(tl.where(seen, norm, 1.0)) / LOG2E, float("-inf"))
         tl.store(cache_lse + slot, total)
         tl.store(cache_out + slot * HS + i, result)
 

@@ -2,7 +2,7 @@
 
 Read it from the bottom up: `Llama` is the model, `Block` one layer, `Attention` the part that hands its queries, keys and
 values to `retro_attention.py`. `Decoder` is one batch of sequences on its way through prefill and decode steps; `generate`
-and `score` are loops over it. `Tokenizer` reads a Llama 3 `tokenizer.model`.
+and `score` are loops over it. `Tokenizer` reads a Llama 3 `tokenizer.model` or Hugging Face's `tokenizer.json`.
 
 Shapes stand at the end of the line that makes the tensor, in these letters: B batch, T tokens, W rows of the retrospective
 window (newest last), n_head and n_kv_head heads, hs head size.
@@ -50,7 +50,7 @@ def _token_bytes(token: str) -> bytes:
 class Tokenizer:
     """Byte-level BPE on tiktoken.
 
-    From Llama 3's `tokenizer.model`, a line "<token in base64> <rank>" for each token, with 256 special tokens behind them; or
+    From Llama 3's `tokenizer.model`, a line "<token in base64> <rank>" for each token, with 256 special tokens after them; or
     from the `tokenizer.json` of a Hugging Face folder, with that file's split pattern and special tokens.
     """
 
@@ -467,7 +467,7 @@ def rope_table(config: LlamaConfig, device: torch.device | str, dtype: torch.dty
     return angles.cos(), angles.sin()
 
 
-@torch.inference_mode(False)  # or the parameters of a model that is being trained could not go on
+@torch.inference_mode(False)  # or a model could no longer be trained afterwards
 def side_by_side(*maps: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of linear maps with the same input, one below the other, so that one product does them all.
 
@@ -483,7 +483,8 @@ def side_by_side(*maps: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 class Attention(nn.Module):
-    """Projects to queries, keys and values, and attends. RetroAttention takes over in between."""
+    """Projects to queries, keys and values, and attends; in prefill and decode RetroAttention keeps the cache. `Block` applies
+    `wo`."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -535,7 +536,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind a norm and added to the residual stream."""
+    """One layer: attention and feed-forward, each preceded by a norm and added to the residual stream."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -591,8 +592,8 @@ class Llama(nn.Module):
         self.rope = rope_table(self.config, weight.device, weight.dtype)
 
     def hidden(self, idx, cos, sin, retro=None, t=None):
-        """(B, T) ids -> (B, T, dim) before the final norm. A prompt has `retro`, a list of one RetroAttention a layer; the W
-        rows of a decode step have `t`, too, the newest one's position."""
+        """(B, T) ids -> (B, T, dim) before the final norm. With `retro`, a list of one RetroAttention a layer, it is a prompt's
+        prefill; with `t` as well, a decode step, whose W rows end at position t."""
         x = self.tok_embeddings(idx)  # (B, T, dim)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, retro and retro[i]) if t is None else layer.step(x, cos, sin, retro[i], t)
@@ -756,15 +757,15 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        """(B,) the token behind the newest -> (B, vocab). IndexError past the end of the cache."""
+        """(B,) the token that follows the newest -> (B, vocab). IndexError past the end of the cache."""
         if self.position + 1 >= self.max_seq_len:
-            raise IndexError(f"position {self.position + 1} is behind the end of the cache of {self.max_seq_len} tokens")
+            raise IndexError(f"position {self.position + 1} is past the end of the cache of {self.max_seq_len} tokens")
         assert token.shape == self.token.shape, f"one token a sequence: {tuple(self.token.shape)}, not {tuple(token.shape)}"
         self.token.copy_(token)
         self.position += 1
         watched = any(layer.hook is not None for layer in self.layers)  # a hook runs on the host
         if not self.captures or watched or not self.compiled:
-            self.compiled = True  # the kernels, at the first step: a capture could not do that
+            self.compiled = True  # the first step compiles the kernels, which a capture cannot do
             return self._step()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()

@@ -6,7 +6,7 @@ and in the next layer they overwrite stale keys and values. A decode step theref
 new token and W-1 past ones, and in each layer does this:
 
     1. write    rotate q and k, append the new row's K and V, overwrite those of the past rows, refresh the page bounds
-    2. score    an upper bound of q.k over each page, for the newest query                        (Quest's selection)
+    2. score    Quest's bound of q.k over each page, for the newest query, summed over a group    (selection)
     3. select   the top pages of each KV head, and when each was last loaded                      (exposure mask A)
     4. attend   one read of those pages serves all rows: the newest sees all of them,
                 a past row only what it has never seen                                            (supplementary output)
@@ -16,18 +16,18 @@ The functions of the same names below are these steps; `RetroAttention` calls th
 twin of each, with the same signature. W=1 is Quest. A layer that stays dense does 1, 4 over all pages, and 5 without a cache.
 
 Shapes: B batch, W window rows (newest last), P pages, ps page size, S selected pages, n_head query heads, n_kv_head KV heads,
-G = n_head / n_kv_head, hs head size. `t` is the position of the newest row, a 0-dim int64 tensor on the cache's device; row
-w stands at position t-W+1+w. Rows before the start of the text (negative positions) write nothing and see nothing, and their
-output is zero.
+G = n_head / n_kv_head, hs head size. `t` is the position of the newest row, a 0-dim int64 tensor on the cache's device (an
+int in `store`, `pages_selected` and `Step`); row w stands at position t-W+1+w. Rows before the start of the text (negative
+positions) write nothing and see nothing, and their output is zero.
 """
 
+import functools
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class RetroConfig:
     budget: float = 0.15  # share of the pages held that a step loads, in (0, 1]
     min_tokens: int = 256  # ... but no fewer than this many tokens' worth
     window: int = 2  # rows a step carries, the new one included: the paper's w; 1 is Quest
-    dense_layers: int = 2  # the first layers attend densely, as in Quest: their attention is spread too wide to select
+    dense_layers: int = 2  # the first layers attend densely, as in Quest: their attention is spread too widely for a selection
     impl: str = "auto"  # "torch", "triton", or "auto": Triton on a GPU (and a shape that it can do), PyTorch elsewhere
 
     def __post_init__(self):
@@ -56,24 +56,25 @@ class RetroConfig:
         if self.impl not in ("auto", "torch", "triton"):
             raise ValueError(f"impl must be auto, torch or triton, not {self.impl!r}")
 
-    @cached_property
+    @functools.cached_property
     def budget_ratio(self) -> tuple[int, int]:
         """The budget as it was written, 0.07 as 7 / 100: 0.07 of 100 pages is 7, where floats come to 7.000000000000001.
 
-        To a denominator of a million, so that the kernels' 64-bit integers hold its product with any number of pages.
+        With a denominator of at most a million, so that the kernels' 64-bit integers hold its product with any number of pages.
         """
         ratio = Fraction(str(self.budget)).limit_denominator(1_000_000)
         return ratio.numerator, ratio.denominator
 
     def pages_selected(self, t: int) -> int:
-        """Pages that a KV head loads at position t: the budget, the floor or the window's own pages, whichever is most."""
+        """Pages that a KV head loads at position t: the budget, the floor or the window's own pages, whichever is most, but
+        never more than are held."""
         held = t // self.page_size + 1
         share, whole = self.budget_ratio
         floor = -(-self.min_tokens // self.page_size)  # -(-a // b) is a / b rounded up
         in_window = t // self.page_size - max(0, t - self.window + 1) // self.page_size + 1
         return min(held, max(floor, -(-share * held // whole), in_window))
 
-    @cache  # noqa: B019 (it keeps a few numbers alive)
+    @functools.cache  # noqa: B019 (it keeps a few numbers alive)
     def most_pages_selected(self, P: int) -> int:
         """Pages that a KV head loads at most, at any position of a cache of P pages."""
         # The budget and the floor never fall as t grows, and how many pages the window touches depends only on the place of t
@@ -83,18 +84,22 @@ class RetroConfig:
 
 @dataclass
 class LayerCache:
-    """All that one layer remembers. A dense layer has no bounds, no exposure table and no output cache: None."""
+    """All that one layer remembers. A dense layer has no bounds, no exposure mask and no output cache: None.
+
+    Position j is place j % ps of page j // ps: pages are a view, and flatten(2, 3) is the cache by position. There is no table
+    of pages.
+    """
 
     config: RetroConfig
     k: torch.Tensor  # (B, n_kv_head, P, ps, hs) rotated keys: one head's pages lie together
     v: torch.Tensor  # (B, n_kv_head, P, ps, hs)
     k_min: torch.Tensor | None  # (B, n_kv_head, P, hs) element-wise minimum of a page's keys
     k_max: torch.Tensor | None  # (B, n_kv_head, P, hs)
-    last_loaded: torch.Tensor | None  # (B, n_kv_head, P) int32: the step at which a page was last loaded, -1 for never
+    last_loaded: torch.Tensor | None  # (B, n_kv_head, P) int32: the step that last loaded a page, -1: none; exposure mask A
     # The output cache, in the dtype that `accumulator` names: the row of position p has slot p % W.
     out: torch.Tensor | None  # (B, W, n_head, hs) outputs of the window's rows
     lse: torch.Tensor | None  # (B, W, n_head) natural-log sum of exp over the keys that a row has seen, -inf for none
-    exposure: torch.Tensor | None  # (B, n_kv_head, 2) int64, since the start: pages loaded; past rows' first sights of a page
+    counts: torch.Tensor | None  # (B, n_kv_head, 2) int64, since the start: pages loaded; past rows' first sights of a page
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -103,7 +108,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_seq_len, device, dtype) -> LayerCache:
-    """A cache for max_seq_len tokens. Keys, values and bounds are not initialised: what is not yet written is in no result."""
+    """A cache for max_seq_len tokens. Keys, values and bounds are not initialised: nothing unwritten ever reaches a result."""
     P, acc = -(-max_seq_len // config.page_size), accumulator(dtype)
     like = {"device": device, "dtype": dtype}
     kv = [torch.empty(B, n_kv_head, P, config.page_size, hs, **like) for _ in range(2)]
@@ -117,7 +122,7 @@ def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_se
         last_loaded=torch.full((B, n_kv_head, P), -1, device=device, dtype=torch.int32),
         out=torch.zeros(B, config.window, n_head, hs, device=device, dtype=acc),
         lse=torch.full((B, config.window, n_head), -torch.inf, device=device, dtype=acc),
-        exposure=torch.zeros(B, n_kv_head, 2, device=device, dtype=torch.int64),
+        counts=torch.zeros(B, n_kv_head, 2, device=device, dtype=torch.int64),
     )
 
 
@@ -147,7 +152,8 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
     W = q.shape[1]
     rows = row_positions(t, W).clamp(min=0)  # (W,)
     q, k = apply_rope(q, cos[rows], sin[rows]), apply_rope(k, cos[rows], sin[rows])
-    store(k[:, -int(t) - 1 :], v[:, -int(t) - 1 :], cache, int(t))  # without the rows before the start
+    real = min(W, int(t) + 1)  # without the rows before the start
+    store(k[:, -real:], v[:, -real:], cache, int(t))
     return q
 
 
@@ -157,7 +163,7 @@ def store(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> None:
     cache.k.flatten(2, 3)[:, :, first : t + 1] = k.transpose(1, 2)
     cache.v.flatten(2, 3)[:, :, first : t + 1] = v.transpose(1, 2)
     if cache.k_min is not None:
-        # Over all keys of the page again: a running minimum could not shrink when a key is overwritten.
+        # Over all keys of the page again: running bounds could only widen, also when the key that set them is overwritten.
         touched = slice(first // ps, t // ps + 1)
         keys = cache.k[:, :, touched]  # (B, n_kv_head, pages, ps, hs)
         beyond = torch.arange(touched.start * ps, touched.stop * ps, device=k.device).view(-1, ps, 1) > t
@@ -172,13 +178,14 @@ def store(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> None:
 def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     """Quest's bound sum_i max(q_i * k_min_i, q_i * k_max_i) of the newest row, summed over the query heads of a KV head.
 
-    A page's largest q.k cannot exceed it. A positive q_i picks k_max_i and a negative one k_min_i, so the sum over the group
-    moves inside: two dot products a page. q (B, W, n_head, hs), rotated -> (B, n_kv_head, pages held) float.
+    A head's own bound is never below its largest q.k in the page; the sum only ranks the pages. A positive q_i picks k_max_i
+    and a negative one k_min_i, so the sum over the group moves inside: two dot products a page. q (B, W, n_head, hs), rotated
+    -> (B, n_kv_head, pages held) float.
     """
-    held = int(t) // cache.k.shape[3] + 1
-    q = q[:, -1].unflatten(1, (cache.k.shape[1], -1)).to(accumulator(q.dtype))  # (B, n_kv_head, G, hs)
-    up, down = q.clamp(min=0).sum(2), q.clamp(max=0).sum(2)  # (B, n_kv_head, hs)
-    k_max, k_min = cache.k_max[:, :, :held].to(q.dtype), cache.k_min[:, :, :held].to(q.dtype)
+    held, acc = int(t) // cache.k.shape[3] + 1, accumulator(q.dtype)
+    newest = q[:, -1].unflatten(1, (cache.k.shape[1], -1)).to(acc)  # (B, n_kv_head, G, hs)
+    up, down = newest.clamp(min=0).sum(2), newest.clamp(max=0).sum(2)  # (B, n_kv_head, hs)
+    k_max, k_min = cache.k_max[:, :, :held].to(acc), cache.k_min[:, :, :held].to(acc)
     return (k_max @ up[..., None] + k_min @ down[..., None]).squeeze(-1)
 
 
@@ -187,10 +194,10 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
 
 
 def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pages that this step loads, ascending, and the step at which each was loaded before: two of (B, n_kv_head, S) int32.
+    """The pages that this step loads, ascending, and the step that last loaded each before: two of (B, n_kv_head, S) int32.
 
     The window's own pages are always among them (their keys are being rewritten); ties go to the lower page. Then the exposure
-    table says t for the selected pages. `scores` (B, n_kv_head, pages held) must be finite, and are overwritten.
+    mask says t for the selected pages. `scores` (B, n_kv_head, pages held) must be finite; those of the window are overwritten.
     """
     W, ps = cache.config.window, cache.config.page_size
     S = cache.config.pages_selected(int(t))
@@ -200,10 +207,12 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
     stamps = cache.last_loaded.gather(2, pages)  # (B, n_kv_head, S)
     cache.last_loaded.scatter_(2, pages, int(t))
 
+    # For the record; `attend` applies the same rule to the keys. A past row sees a page for the first time if the page is not
+    # newer than the row, and was not loaded since the row's own step.
     past = row_positions(t, W)[:-1, None]  # (W-1, 1)
-    # A past row sees a page for the first time if it is not newer than the row, and was not loaded since the row's own step.
     new = (pages[..., None, :] * ps <= past) & (stamps[..., None, :] < past)  # (B, n_kv_head, W-1, S)
-    cache.exposure += torch.stack((torch.full_like(pages[..., 0], S), new.sum((2, 3))), dim=-1)
+    cache.counts[..., 0] += S
+    cache.counts[..., 1] += new.sum((2, 3))
     return pages.int(), stamps
 
 
@@ -240,8 +249,9 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
     visible = visible.flatten(3)[..., None, :]  # (B, n_kv_head, W, 1, S * ps)
 
     k = k.flatten(2, 3).to(acc)  # (B, n_kv_head, S * ps, hs)
-    # What lies behind position t was never written and may be NaN, which a weight of zero would not remove.
+    # What lies after position t was never written and may be NaN, which a weight of zero would not remove.
     v = v.masked_fill((keys > t)[..., None], 0).flatten(2, 3).to(acc)
+    # The W * G rows that share a KV head, one below the other.
     q = q.to(acc).unflatten(2, (n_kv_head, -1)).transpose(1, 2).flatten(2, 3)  # (B, n_kv_head, W * G, hs)
     s = (q @ k.mT * hs**-0.5).unflatten(2, (W, -1)).masked_fill(~visible, -torch.inf)  # (B, n_kv_head, W, G, S * ps)
     lse = s.logsumexp(dim=-1)  # (B, n_kv_head, W, G)
@@ -274,11 +284,103 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
     if cache.out is None:
         return merge(o, lse)[0].to(cache.k.dtype)
     slots = row_positions(t, o.shape[2]) % o.shape[2]  # (W,)
-    # Pop: the row of t-W has left the window, its slot is the newest row's. Zero, too: 0 * inf would be NaN.
+    # Pop: the row of t-W has left the window, its slot is the newest row's. Zero the output, too: 0 times inf is NaN.
     cache.lse[:, slots[-1]], cache.out[:, slots[-1]] = -torch.inf, 0
     o, lse = merge(torch.cat((o, cache.out[None, :, slots])), torch.cat((lse, cache.lse[None, :, slots])))
     cache.out[:, slots], cache.lse[:, slots] = o, lse  # update the past rows, push the newest
     return o.to(cache.k.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The module that the model calls
+
+
+def implementation(impl: str, device: torch.device, dtype: torch.dtype, head_size: int, query_rows: int):
+    """The module whose `write` ... `combine` run: this one, or kernels.py. "auto" takes Triton on a GPU if it can do the shape.
+
+    `query_rows` is W * G. ValueError if Triton is asked for and cannot run, or would run wrongly.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    reason = None
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed on this machine (there are builds for Linux: pip install triton)"
+    elif device.type != "cuda" and not interpreted:
+        reason = f"on {device.type} set TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter"
+    elif dtype not in (torch.float32, torch.float16, torch.bfloat16) or (interpreted and dtype == torch.bfloat16):
+        reason = f"dtype must be float32, float16 or, outside of the interpreter, bfloat16, not {dtype}"
+    elif head_size not in (16, 32, 64, 128):
+        reason = f"head_size must be 16, 32, 64 or 128, not {head_size}"
+    elif query_rows > 128:
+        reason = f"window * n_head / n_kv_head must be at most 128, not {query_rows}: more rows do not fit the registers"
+    if impl == "torch" or (impl == "auto" and (device.type != "cuda" or reason)):
+        return sys.modules[__name__]
+    if reason:
+        raise ValueError(f"impl triton: {reason}")
+    import kernels
+
+    return kernels
+
+
+class RetroAttention:
+    """One layer's cache and its attention: `prefill` starts a text, each `decode` adds a position; the caller counts them."""
+
+    def __init__(
+        self,
+        config: RetroConfig,
+        *,
+        dense: bool,
+        batch_size: int,
+        n_head: int,
+        n_kv_head: int,
+        head_size: int,
+        max_seq_len: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ):
+        self.dense = dense
+        query_rows = config.window * n_head // n_kv_head
+        self.ops = implementation(config.impl, torch.device(device), dtype, head_size, query_rows)
+        self.cache = new_cache(config, dense, batch_size, n_head, n_kv_head, head_size, max_seq_len, device, dtype)
+        # Called after each decode step of a sparse layer. It reads the position on the host: a step with a hook cannot be part
+        # of a CUDA graph.
+        self.hook: Callable[[Step], None] | None = None
+
+    def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Starts a text: stores the prompt's rotated keys and values. The prompt itself attends densely, outside of here.
+
+        Prefill loaded everything: each page counts as loaded at the last prompt position, and the window starts filled with
+        the prompt's last rows, as if a dense step had ended it. q (B, T, n_head, hs), k and v (B, T, n_kv_head, hs); T may
+        not be more than the cache was made for.
+        """
+        T, W, cache = q.shape[1], self.cache.config.window, self.cache
+        store(k, v, cache, T - 1)
+        if self.dense:
+            return
+        cache.last_loaded.fill_(-1)  # whatever text came before is forgotten
+        cache.last_loaded[:, :, : -(-T // cache.config.page_size)] = T - 1
+        cache.lse.fill_(-torch.inf)
+        cache.out.zero_()
+        cache.counts.zero_()
+        q = F.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0)).contiguous()  # (B, W, n_head, hs)
+        t = torch.tensor(T - 1, device=q.device)
+        self.ops.combine(*self.ops.attend(q, cache, None, None, t), cache, t)
+
+    def decode(self, q, k, v, cos, sin, t: torch.Tensor) -> torch.Tensor:
+        """One step of all W rows: q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated, the newest row at
+        position t, inside the cache; cos and sin (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs)."""
+        cache, ops = self.cache, self.ops
+        pages = stamps = None
+        watched = self.hook is not None and not self.dense
+        before = past_rows(cache, t) if watched else None
+        q = ops.write(q, k, v, cos, sin, cache, t)
+        if not self.dense:
+            pages, stamps = ops.select(ops.score(q, cache, t), cache, t)
+        o, lse = ops.attend(q, cache, pages, stamps, t)
+        o = ops.combine(o, lse, cache, t)
+        if watched:
+            S = cache.config.pages_selected(int(t))  # the kernels' `pages` has unused places at its end
+            self.hook(Step(int(t), pages[..., :S], stamps[..., :S], before, past_rows(cache, t)))
+        return o
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -329,95 +431,3 @@ def past_rows(cache: LayerCache, t: torch.Tensor) -> PastRows:
     return PastRows(
         cache.k.flatten(2, 3)[:, :, rows], cache.v.flatten(2, 3)[:, :, rows], cache.out[:, slots], cache.lse[:, slots]
     )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The module that the model calls
-
-
-def implementation(impl: str, device: torch.device, dtype: torch.dtype, head_size: int, rows: int):
-    """The module whose `write` ... `combine` run: this one, or kernels.py. "auto" takes Triton on a GPU if it can do the shape.
-
-    `rows` is W * G. ValueError if Triton is asked for and cannot run, or not rightly.
-    """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    reason = None
-    if importlib.util.find_spec("triton") is None:
-        reason = "Triton is not installed on this machine (there are builds for Linux: pip install triton)"
-    elif device.type != "cuda" and not interpreted:
-        reason = f"on {device.type} set TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter"
-    elif dtype not in (torch.float32, torch.float16, torch.bfloat16) or (interpreted and dtype == torch.bfloat16):
-        reason = f"dtype must be float32, float16 or, outside of the interpreter, bfloat16, not {dtype}"
-    elif head_size not in (16, 32, 64, 128):
-        reason = f"head_size must be 16, 32, 64 or 128, not {head_size}"
-    elif rows > 128:
-        reason = f"window * n_head / n_kv_head must be at most 128, not {rows}: more rows do not fit the registers"
-    if impl == "torch" or (impl == "auto" and (device.type != "cuda" or reason)):
-        return sys.modules[__name__]
-    if reason:
-        raise ValueError(f"impl triton: {reason}")
-    import kernels
-
-    return kernels
-
-
-class RetroAttention:
-    """One layer's cache and its attention: `prefill` once, then `decode` for each position; the caller keeps the position."""
-
-    def __init__(
-        self,
-        config: RetroConfig,
-        *,
-        dense: bool,
-        batch_size: int,
-        n_head: int,
-        n_kv_head: int,
-        head_size: int,
-        max_seq_len: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ):
-        self.dense = dense
-        rows = config.window * n_head // n_kv_head
-        self.ops = implementation(config.impl, torch.device(device), dtype, head_size, rows)
-        self.cache = new_cache(config, dense, batch_size, n_head, n_kv_head, head_size, max_seq_len, device, dtype)
-        # Called behind each decode step of a sparse layer, for whoever wants to look. It reads the position on the host: a step
-        # with a hook cannot be part of a CUDA graph.
-        self.hook: Callable[[Step], None] | None = None
-
-    def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Starts a text: stores the prompt's rotated keys and values. The prompt itself attends densely, outside of here.
-
-        Prefill loaded everything: each page counts as loaded at the last prompt position, and the window starts filled with
-        the prompt's last rows, as if a dense step had ended it. q (B, T, n_head, hs), k and v (B, T, n_kv_head, hs); T may
-        not be more than the cache was made for.
-        """
-        T, W, cache = q.shape[1], self.cache.config.window, self.cache
-        store(k, v, cache, T - 1)
-        if self.dense:
-            return
-        cache.last_loaded.fill_(-1)  # whatever text came before is forgotten
-        cache.last_loaded[:, :, : -(-T // cache.config.page_size)] = T - 1
-        cache.lse.fill_(-torch.inf)
-        cache.out.zero_()
-        cache.exposure.zero_()
-        q = F.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0)).contiguous()  # (B, W, n_head, hs)
-        t = torch.tensor(T - 1, device=q.device)
-        self.ops.combine(*self.ops.attend(q, cache, None, None, t), cache, t)
-
-    def decode(self, q, k, v, cos, sin, t: torch.Tensor) -> torch.Tensor:
-        """One step of all W rows: q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated, the newest row at
-        position t, inside the cache; cos and sin (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs)."""
-        cache, ops = self.cache, self.ops
-        pages = stamps = None
-        watched = self.hook is not None and not self.dense
-        before = past_rows(cache, t) if watched else None
-        q = ops.write(q, k, v, cos, sin, cache, t)
-        if not self.dense:
-            pages, stamps = ops.select(ops.score(q, cache, t), cache, t)
-        o, lse = ops.attend(q, cache, pages, stamps, t)
-        o = ops.combine(o, lse, cache, t)
-        if watched:
-            S = cache.config.pages_selected(int(t))  # the kernels' `pages` has room for more
-            self.hook(Step(int(t), pages[..., :S], stamps[..., :S], before, past_rows(cache, t)))
-        return o

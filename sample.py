@@ -119,7 +119,7 @@ class Report:
         self.first = self.first or self.last
         self.steps += 1
         self.tokens += tokens
-        if self.steps in (1, 3):  # the pace is that behind the first two decode steps, in which a GPU compiles and captures
+        if self.steps in (1, 3):  # the pace is that after the first two decode steps, in which a GPU compiles and captures
             self.paced_from, self.paced_before = self.last, self.tokens
 
     def lines(self) -> list[str]:
@@ -147,7 +147,7 @@ class Report:
         # A page has ps keys and values; its bounds are two vectors more, which the choice of pages reads for all pages held.
         share = (read + held / retro.page_size) / held
         overall = (share * len(sparse) + len(layers) - len(sparse)) / len(layers)
-        loaded, first_seen = sum(cache.exposure.sum((0, 1)) for cache in sparse).tolist()
+        loaded, first_seen = sum(cache.counts.sum((0, 1)) for cache in sparse).tolist()
         name = "RetroAttention" if retro.window > 1 else "Quest"
         return [
             f"{name}, window {retro.window}: {read / len(steps):.1f} of {held / len(steps):.1f} pages read a step and KV head "

@@ -475,7 +475,7 @@ def test_a_second_prompt_starts_afresh():
     again = [decoder.prefill(tokens[:, :30])] + [decoder.step(tokens[:, i]) for i in range(30, 90)]
     fresh, other = decode(model, retro, tokens, 30)
     assert torch.equal(torch.stack(again, 1), fresh)
-    assert torch.equal(decoder.layers[-1].cache.exposure, other.layers[-1].cache.exposure)
+    assert torch.equal(decoder.layers[-1].cache.counts, other.layers[-1].cache.counts)
 
 
 def test_a_second_prompt_forgets_what_overflowed():
@@ -537,9 +537,9 @@ def check_against_oracle(model, retro, tokens, prompt_len, tol):
         num, den = (x.reshape(B, -1, *x.shape[3:])[:, :, window] for x in (s.num, s.den))  # (B, n_head, rows ...)
         close(cache.out[:, window % retro.window].transpose(1, 2), num / den[..., None], tol)
         close(cache.lse[:, window % retro.window].transpose(1, 2), np.log(den), tol)
-        assert np.array_equal(cache.exposure[..., 1], s.sights)
+        assert np.array_equal(cache.counts[..., 1], s.sights)
         assert retro.window == 1 or s.sights.min() > 0, "no supplementary output in the whole run: the case is empty"
-        assert (cache.exposure[..., 0] == sum(pages_to_load(retro, t)[0] for t in range(prompt_len, T))).all()
+        assert (cache.counts[..., 0] == sum(pages_to_load(retro, t)[0] for t in range(prompt_len, T))).all()
 
 
 CASES = [  # n_head, n_kv_head, hs, page_size, W, B, prompt_len, T, dense_layers, budget
@@ -615,7 +615,7 @@ def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
     cache.out.normal_(generator=gen)
     cache.lse.normal_(generator=gen)
     cache.lse[:, 0] = -torch.inf  # one row has seen nothing so far
-    for name in ("k", "v", "k_min", "k_max", "last_loaded", "out", "lse", "exposure"):
+    for name in ("k", "v", "k_min", "k_max", "last_loaded", "out", "lse", "counts"):
         setattr(cache, name, getattr(cache, name).to(DEVICE))
     return cache, gen
 
@@ -682,7 +682,7 @@ def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget=0.3):
     wanted_pages, wanted_stamps = retro_attention.select(scores[:, :, :held].clone(), twin, position)
     pages, stamps = kernels.select(scores, cache, position)
     assert torch.equal(pages[:, :, :S], wanted_pages) and torch.equal(stamps[:, :, :S], wanted_stamps), "select"
-    assert torch.equal(cache.last_loaded, twin.last_loaded) and torch.equal(cache.exposure, twin.exposure), "select: tables"
+    assert torch.equal(cache.last_loaded, twin.last_loaded) and torch.equal(cache.counts, twin.counts), "select: tables"
 
     for what, lists, wanted_lists in (
         ("attend, dense", (None, None), (None, None)),
@@ -1495,7 +1495,7 @@ def quality_arguments(**changes):
 
 @pytest.mark.parametrize("decoded", [0, 20])
 def test_the_table_of_quality_is_what_it_says(monkeypatch, decoded):
-    """Window 1 is Quest, in every number; KL and nats are those of the logits, over the tokens behind the prompt alone, of
+    """Window 1 is Quest, in every number; KL and nats are those of the logits, over the tokens after the prompt alone, of
     which the last may have been decoded."""
     monkeypatch.setattr(bench, "REFRESH", 8)
     monkeypatch.setattr(bench, "PARTS", 4)
