@@ -500,11 +500,11 @@ def test_a_text_may_begin_without_a_prompt(W):
         decoder.prefill(tokens[:1])
 
 
-def test_a_step_behind_the_end_of_the_cache_is_refused():
+def test_a_step_past_the_end_of_the_cache_is_refused():
     """Guards against a write outside of the cache, which a GPU would not notice."""
     decoder, _ = start(random_model(max_seq_len=64), SPARSE, random_tokens(1, 63), 63)
     decoder.step(torch.tensor([1]))
-    with pytest.raises(IndexError, match="position 64 is behind the end of the cache of 64 tokens"):
+    with pytest.raises(IndexError, match="position 64 is past the end of the cache of 64 tokens"):
         decoder.step(torch.tensor([1]))
 
 
