@@ -936,7 +936,7 @@ def picture(args) -> dict:
     drawn = [name for name in rows[0] if name.startswith(("Quest", "Retro"))]
     for name, marker in zip(drawn, itertools.cycle("osD^vP"), strict=False):
         left.plot(sorted(runs), [row[name]["kl"] for row in rows], marker=marker, label=name)
-    left.set(xlabel="tokens decoded before, of the same context", ylabel="KL to full attention, nats a token")
+    left.set(xlabel="tokens of the context that were decoded", ylabel="KL to full attention, nats a token")
     figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
     right.plot([int(w) for w in met], list(met.values()), marker="o")
     for w, x in met.items():
@@ -1035,7 +1035,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
     add_text_options(add, passages=24, least=2, length=384)
     add("--tasks", choices=list(TASKS), nargs="*", default=list(TASKS), help="of tiny/train.py; none leaves the tasks out")
-    add("--decoded", type=at_least(0), default=0, help="of the prompt, the last tokens to decode one by one: not prefilled")
+    add("--decoded", type=at_least(0), default=0, help="the last tokens of the prompt to decode one by one: not prefilled")
     add("--neighbours", choices=NEIGHBOURS, nargs="*", default=NEIGHBOURS, help="to compare with; none leaves them out")
     add("--questions", type=at_least(2), default=24, help="questions of each task")
     add("--entries", type=at_least(1), default=32, help="lines to remember, a question")
