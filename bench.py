@@ -390,6 +390,10 @@ def each_method(what: str, args, retro: RetroConfig, model: Llama, rows: dict[st
         yield name, new_decoder(name, config, model, B, T)
 
 
+def prompt_of(args) -> str:
+    return f"{args.prefix - args.decoded} tokens prefilled" + (f" and {args.decoded} decoded" if args.decoded else "")
+
+
 def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> dict:
     """Teacher-forced: every method reads the same text, and is compared with full attention token by token.
 
@@ -402,7 +406,7 @@ def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> d
         kl[name], gap[name], error = fidelity(full if name == "full" else steps, full, idx[:, args.prefix + 1 :])
         rows[name]["attention_error"] = error.tolist()
     source = args.text or "text sampled from the checkpoint"
-    print(f"\n{args.passages} passages of {source}: {args.prefix} tokens of prompt, {args.length} decoded, teacher-forced")
+    print(f"\n{args.passages} passages of {source}: {prompt_of(args)}, {args.length} measured, teacher-forced")
     compare("KL to full attention, by position after the prompt", "kl", ".5f", kl, rows)
     ends = compare("Nats a token lost, by position after the prompt", "gap", ".4f", gap, rows)
     errors = {name: {f"layer {i}": x for i, x in enumerate(row["attention_error"])} for name, row in rows.items()}
@@ -417,7 +421,7 @@ def task_quality(task: str, questions: tuple, args, retro: RetroConfig, model: L
     right, rows = {}, {}
     for name, decoder in each_method(task, args, retro, model, rows, len(idx), args.prefix + steps):
         right[name] = lines_right(decoder, idx, args.decoded, answers, tok, steps)
-    title = f"{task}: {args.questions} questions of {args.entries} entries, answers free-running, lines exactly right"
+    title = f"{task}: {args.questions} questions of {args.entries} entries, {prompt_of(args)}; lines exactly right, greedy"
     compare(title, "right", ".1%", right, rows)
     return rows
 
@@ -479,13 +483,13 @@ def page_overlaps(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> 
     return {d: torch.tensor(shares).mean(dim=0).tolist() for d, shares in by_layer.items()}
 
 
-def effective_budget(retro: RetroConfig, args, model: Llama, idx: torch.Tensor) -> float:
+def effective_exposure(retro: RetroConfig, args, model: Llama, idx: torch.Tensor) -> float:
     """Pages that a query is exposed to in the end, in a unit of those selected for it (paper, figure 2c)."""
     progress(f"exposure: W={retro.window}")
     decoder = Decoder(model, len(idx), retro, idx.shape[1])
     for _ in forced(decoder, idx, args.prefix):
         pass
-    loaded, first_seen = sum(layer.cache.counts.sum((0, 1)) for layer in decoder.layers if not layer.dense).tolist()
+    loaded, first_seen = sum(layer.cache.totals.sum((0, 1)) for layer in decoder.layers if not layer.dense).tolist()
     return 1 + first_seen / loaded
 
 
@@ -497,13 +501,13 @@ def exposure(args) -> dict:
         raise ValueError(f"dense_layers must be at most {model.config.n_layer - 1}, not {retro.dense_layers}: no layer selects")
     idx = passages(args, model, tok)
     overlaps = page_overlaps(args, retro, model, idx)
-    budgets = {w: effective_budget(replace(retro, window=w), args, model, idx) for w in sorted({1, *args.windows})}
+    exposures = {w: effective_exposure(replace(retro, window=w), args, model, idx) for w in sorted({1, *args.windows})}
     title = "Pages wanted now that a past query had in its top-k or next-k (full attention)"
     rows = {f"{d} steps back": {"top-k": a, "next-k": b, "both": a + b} for d, (a, b) in overlaps.items()}
     table(title, rows, {"top-k": ".1%", "next-k": ".1%", "both": ".1%"})
     title = "Pages a query meets in the end, in units of those selected for it"
-    table(title, {f"W={w}": {"exposure": x} for w, x in budgets.items()}, {"exposure": ".3f"})
-    return {"overlap": overlaps, "effective_budget": budgets}
+    table(title, {f"W={w}": {"exposure": x} for w, x in exposures.items()}, {"exposure": ".3f"})
+    return {"overlap": overlaps, "effective_exposure": exposures}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -921,9 +925,14 @@ def last_line(path: str, command: str) -> dict:
 
 
 def picture(args) -> dict:
-    runs = {run["arguments"]["decoded"]: run for run in (last_line(path, "quality") for path in args.quality)}
-    rows = [runs[decoded]["results"]["text"]["rows"] for decoded in sorted(runs)]
-    met = last_line(args.exposure, "exposure")["results"]["effective_budget"]
+    records = {}
+    for path in args.quality:
+        record = last_line(path, "quality")
+        records[record["arguments"].pop("decoded", 0)] = record
+    if len(records) < len(args.quality) or any(x["arguments"] != record["arguments"] for x in records.values()):
+        raise ValueError(f"quality {' '.join(args.quality)}: must differ in their --decoded, and in no other argument")
+    runs = {decoded: records[decoded]["results"]["text"]["rows"] for decoded in sorted(records)}
+    met = last_line(args.exposure, "exposure")["results"]["effective_exposure"]
     try:
         import matplotlib
     except ImportError:
@@ -931,17 +940,17 @@ def picture(args) -> dict:
     matplotlib.use("Agg")  # draws into a file, needs no display
     from matplotlib import pyplot
 
-    pyplot.style.use(["tableau-colorblind10", {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}])
+    pyplot.style.use(["seaborn-v0_8-colorblind", {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150)
-    drawn = [name for name in rows[0] if name.startswith(("Quest", "Retro"))]
+    drawn = [name for name in record["results"]["text"]["rows"] if name.startswith(("Quest", "Retro"))]
     for name, marker in zip(drawn, itertools.cycle("osD^vP"), strict=False):
-        left.plot(sorted(runs), [row[name]["kl"] for row in rows], marker=marker, label=name)
+        left.plot(list(runs), [rows[name]["kl"] for rows in runs.values()], marker=marker, label=name)
     left.set(xlabel="tokens of the context that were decoded", ylabel="KL to full attention, nats a token")
     figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
     right.plot([int(w) for w in met], list(met.values()), marker="o")
     for w, x in met.items():
-        right.annotate(f"{x:.2f}", (int(w), x), xytext=(0, 8), textcoords="offset points", ha="center")
-    right.margins(y=0.15)
+        right.annotate(f"{x:.2f}", (int(w), x), xytext=(-4, 6), textcoords="offset points", ha="right")
+    right.margins(x=0.12, y=0.15)
     right.set(xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met])
     figure.savefig(args.out)
     print(f"{args.out} written")

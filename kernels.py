@@ -286,7 +286,7 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
     select_kernel[(B * n_kv_head,)](
         scores,
         cache.last_loaded,
-        cache.counts,
+        cache.totals,
         pages,
         stamps,
         t,
@@ -304,7 +304,7 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
 def select_kernel(
     scores,
     last_loaded,
-    counts,
+    totals,
     pages,
     stamps,
     t_ptr,
@@ -331,7 +331,7 @@ def select_kernel(
     page = tl.arange(0, N)  # (N,)
     # The tables were last written by the step before; the scores by the kernel before.
     stamp = tl.load(last_loaded + bh * P + page, mask=page < held, other=0)  # (N,) of all pages
-    loaded, sights = tl.load(counts + bh * 2), tl.load(counts + bh * 2 + 1)
+    loaded, sights = tl.load(totals + bh * 2), tl.load(totals + bh * 2 + 1)
     wait_for_the_kernel_before()
     x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
     x = tl.where(x == x, x, float("inf"))  # a NaN, of keys that have overflowed, ranks first
@@ -377,8 +377,8 @@ def select_kernel(
     # The past rows that see a page for the first time: at or after its first token and after its last load, oldest .. t-1.
     oldest = tl.maximum(tl.maximum(stamp + 1, page * PS), t - W + 1)  # (N,)
     first_sights = tl.sum(tl.where(chosen, tl.maximum(t - oldest, 0), 0), axis=0)
-    tl.store(counts + bh * 2, loaded + count)
-    tl.store(counts + bh * 2 + 1, sights + first_sights)
+    tl.store(totals + bh * 2, loaded + count)
+    tl.store(totals + bh * 2 + 1, sights + first_sights)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

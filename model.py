@@ -133,7 +133,7 @@ class Tokenizer:
         ids = {}  # of begin and end of text; a generation may end with several
         for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
             if (Path(folder) / name).is_file():
-                ids |= _read_json(folder, name)
+                ids |= {key: value for key, value in _read_json(folder, name).items() if value is not None}
         stops = ids.get("eos_token_id")
         # Qwen names a begin-of-text token but never puts it in front of a text; Llama's post-processor, DeepSeek's options do.
         starts = json.dumps(file.get("post_processor") or {})
@@ -152,7 +152,8 @@ class Tokenizer:
     def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Ids of a conversation of (role, text), roles system, user and assistant, up to where the assistant's turn begins.
 
-        In the format whose special tokens there are: DeepSeek-R1's, Llama 3's, or ChatML (Qwen). No system message is added.
+        In the format whose special tokens there are: DeepSeek-R1's (where the turn begins with <think>), Llama 3's, or ChatML
+        (Qwen). A system message is to be the first; none is added.
         ValueError if the tokenizer has none of the three.
         """
         special = self.special
@@ -399,6 +400,7 @@ class LlamaConfig:
             ("use_sliding_window", False),
             ("mlp_bias", False),
             ("attention_bias", False),
+            ("dual_chunk_attention_config", None),
         ):
             if config.get(key, wanted) != wanted:
                 raise ValueError(f"config.json: {key} {config[key]!r} is not supported: must be {wanted!r}")

@@ -99,7 +99,7 @@ class LayerCache:
     # The output cache, in the dtype that `accumulator` names: the row of position p has slot p % W.
     out: torch.Tensor | None  # (B, W, n_head, hs) outputs of the window's rows
     lse: torch.Tensor | None  # (B, W, n_head) natural-log sum of exp over the keys that a row has seen, -inf for none
-    counts: torch.Tensor | None  # (B, n_kv_head, 2) int64, since the start: pages loaded; past rows' first sights of a page
+    totals: torch.Tensor | None  # (B, n_kv_head, 2) int64, since the start: pages loaded; past rows' first sights of a page
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -122,7 +122,7 @@ def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_se
         last_loaded=torch.full((B, n_kv_head, P), -1, device=device, dtype=torch.int32),
         out=torch.zeros(B, config.window, n_head, hs, device=device, dtype=acc),
         lse=torch.full((B, config.window, n_head), -torch.inf, device=device, dtype=acc),
-        counts=torch.zeros(B, n_kv_head, 2, device=device, dtype=torch.int64),
+        totals=torch.zeros(B, n_kv_head, 2, device=device, dtype=torch.int64),
     )
 
 
@@ -211,8 +211,8 @@ def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[to
     # newer than the row, and was not loaded since the row's own step.
     past = row_positions(t, W)[:-1, None]  # (W-1, 1)
     new = (pages[..., None, :] * ps <= past) & (stamps[..., None, :] < past)  # (B, n_kv_head, W-1, S)
-    cache.counts[..., 0] += S
-    cache.counts[..., 1] += new.sum((2, 3))
+    cache.totals[..., 0] += S
+    cache.totals[..., 1] += new.sum((2, 3))
     return pages.int(), stamps
 
 
@@ -360,7 +360,7 @@ class RetroAttention:
         cache.last_loaded[:, :, : -(-T // cache.config.page_size)] = T - 1
         cache.lse.fill_(-torch.inf)
         cache.out.zero_()
-        cache.counts.zero_()
+        cache.totals.zero_()
         q = F.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0)).contiguous()  # (B, W, n_head, hs)
         t = torch.tensor(T - 1, device=q.device)
         self.ops.combine(*self.ops.attend(q, cache, None, None, t), cache, t)

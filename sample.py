@@ -147,7 +147,7 @@ class Report:
         # A page has ps keys and values; its bounds are two vectors more, which the choice of pages reads for all pages held.
         share = (read + held / retro.page_size) / held
         overall = (share * len(sparse) + len(layers) - len(sparse)) / len(layers)
-        loaded, first_seen = sum(cache.counts.sum((0, 1)) for cache in sparse).tolist()
+        loaded, first_seen = sum(cache.totals.sum((0, 1)) for cache in sparse).tolist()
         name = "RetroAttention" if retro.window > 1 else "Quest"
         return [
             f"{name}, window {retro.window}: {read / len(steps):.1f} of {held / len(steps):.1f} pages read a step and KV head "
@@ -295,11 +295,11 @@ class Trace:
 
 
 def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error)) is not None
+    return isinstance(error, RuntimeError) and re.search("out of memory|(allocate|enough) memory", str(error)) is not None
 
 
 def size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 0.9995e9 else f"{nbytes / 1e6:.3g} MB"
 
 
 def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, device: torch.device, dtype: torch.dtype) -> str:

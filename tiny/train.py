@@ -272,7 +272,7 @@ def run(model, opts, batches, step: int, device: str, args) -> int:
 
 
 def bits_per_byte(model: Llama, tok: Tokenizer, books: list[str], device: str) -> float:
-    """Log-likelihood of each book's tokens in windows of the whole context, each window behind begin_of_text."""
+    """Log-likelihood of each book's tokens in windows of the whole context, each window after begin_of_text."""
     context = model.config.max_seq_len
     nats = 0.0
     for book in books:
