@@ -950,7 +950,7 @@ def picture(args) -> dict:
     right.plot([int(w) for w in met], list(met.values()), marker="o")
     for w, x in met.items():
         right.annotate(f"{x:.2f}", (int(w), x), xytext=(-4, 6), textcoords="offset points", ha="right")
-    right.margins(x=0.12, y=0.15)
+    right.margins(x=0.16, y=0.15)
     right.set(xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met])
     figure.savefig(args.out)
     print(f"{args.out} written")

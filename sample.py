@@ -360,7 +360,7 @@ def show(stream, prompt: str, tok: Tokenizer, num_samples: int, report: Report) 
     print(utf8.decode(b"", final=True))
     for text in texts[1:]:
         print(f"---------------\n{prompt}{tok.decode(text)}")
-    sys.stdout.flush()
+    print(end="", flush=True)
     return code
 
 
