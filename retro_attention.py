@@ -196,8 +196,9 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
 def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The pages that this step loads, ascending, and the step that last loaded each before: two of (B, n_kv_head, S) int32.
 
-    The window's own pages are always among them (their keys are being rewritten); ties go to the lower page. Then the exposure
-    mask says t for the selected pages. `scores` (B, n_kv_head, pages held) must be finite; those of the window are overwritten.
+    The window's own pages are always among them: their keys are being rewritten, and which other pages a past row meets shall
+    not depend on a later token's key. Ties go to the lower page. Then the exposure mask says t for the selected pages. `scores`
+    (B, n_kv_head, pages held) must be finite; those of the window are overwritten.
     """
     W, ps = cache.config.window, cache.config.page_size
     S = cache.config.pages_selected(int(t))
