@@ -296,10 +296,19 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
     return torch.tensor([start + ids[i : i + n] for i in starts], device=device)
 
 
+def feed(decoder: Decoder, idx: torch.Tensor, decoded: int) -> torch.Tensor:
+    """A prompt (B, T), of which the last tokens are decoded and not prefilled -> (B, vocab)."""
+    T = idx.shape[1]
+    logits = decoder.prefill(idx[:, : T - decoded])
+    for token in idx[:, T - decoded :].T:
+        logits = decoder.step(token)
+    return logits
+
+
 def forced(decoder: Decoder, idx: torch.Tensor, prefix: int, decoded: int = 0):
-    """Prefills tokens 0 .. prefix-decoded-1 of idx (B, T) and feeds the rest but the last one by one. Yields, for each from
-    `prefix` on, the log-probabilities of the next (B, vocab) and the attention outputs of the newest row, before `wo`
-    (n_layer, B, n_head * hs)."""
+    """Feeds tokens prefix .. T-2 of idx (B, T) one by one, after the prompt. Yields, for each, the log-probabilities of the
+    next (B, vocab) and the attention outputs of the newest row, before `wo` (n_layer, B, n_head * hs)."""
+    feed(decoder, idx[:, :prefix], decoded)
     outputs = []
     decoder.captures = False  # the replay of a CUDA graph calls no hooks
     hooks = [
@@ -307,12 +316,11 @@ def forced(decoder: Decoder, idx: torch.Tensor, prefix: int, decoded: int = 0):
         for layer in decoder.model.layers
     ]
     try:
-        decoder.prefill(idx[:, : prefix - decoded])
-        for i in range(prefix - decoded, idx.shape[1] - 1):
+        for i in range(prefix, idx.shape[1] - 1):
             outputs.clear()
             logits = decoder.step(idx[:, i])
-            if i >= prefix:  # after the step's own layers, a dense pass of ReSA's may have left more
-                yield logits.float().log_softmax(dim=-1), torch.stack(outputs[: len(hooks)])
+            # After the step's own layers, a dense pass of ReSA's may have left more.
+            yield logits.float().log_softmax(dim=-1), torch.stack(outputs[: len(hooks)])
     finally:
         for hook in hooks:
             hook.remove()
@@ -354,10 +362,7 @@ def lines_right(decoder, idx: torch.Tensor, decoded: int, answers: list[str], to
     """Answers idx (B, T), of which the last tokens are decoded and not prefilled, greedily and free-running: which lines are
     right, to the letter (B, lines); NaN after the last."""
     T, right = idx.shape[1], []
-    logits = decoder.prefill(idx[:, : T - decoded])
-    for token in idx[:, T - decoded :].T:
-        logits = decoder.step(token)
-    last = greedy(decoder, logits, steps - 1).argmax(dim=-1)[:, None]
+    last = greedy(decoder, feed(decoder, idx, decoded), steps - 1).argmax(dim=-1)[:, None]
     out = torch.cat((decoder.tokens[:, T : T + steps - 1], last), dim=1)
     for ids, answer in zip(out.tolist(), answers, strict=True):
         wanted, got = answer.strip("\n").split("\n"), tok.decode(ids).split("\n")
@@ -925,13 +930,11 @@ def last_line(path: str, command: str) -> dict:
 
 
 def picture(args) -> dict:
-    records = {}
-    for path in args.quality:
-        record = last_line(path, "quality")
-        records[record["arguments"].pop("decoded", 0)] = record
-    if len(records) < len(args.quality) or any(x["arguments"] != record["arguments"] for x in records.values()):
+    records = [last_line(path, "quality") for path in args.quality]
+    decoded = [record["arguments"].pop("decoded", 0) for record in records]
+    if len(set(decoded)) < len(decoded) or any(record["arguments"] != records[0]["arguments"] for record in records):
         raise ValueError(f"quality {' '.join(args.quality)}: must differ in their --decoded, and in no other argument")
-    runs = {decoded: records[decoded]["results"]["text"]["rows"] for decoded in sorted(records)}
+    runs = {n: record["results"]["text"]["rows"] for n, record in sorted(zip(decoded, records, strict=True))}
     met = last_line(args.exposure, "exposure")["results"]["effective_exposure"]
     try:
         import matplotlib
@@ -942,7 +945,7 @@ def picture(args) -> dict:
 
     pyplot.style.use(["seaborn-v0_8-colorblind", {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150)
-    drawn = [name for name in record["results"]["text"]["rows"] if name.startswith(("Quest", "Retro"))]
+    drawn = [name for name in runs[decoded[0]] if name.startswith(("Quest", "Retro"))]
     for name, marker in zip(drawn, itertools.cycle("osD^vP"), strict=False):
         left.plot(list(runs), [rows[name]["kl"] for rows in runs.values()], marker=marker, label=name)
     left.set(xlabel="tokens of the context that were decoded", ylabel="KL to full attention, nats a token")
@@ -1001,6 +1004,15 @@ def add_text_options(add: Callable, passages: int, least: int, length: int):
     add("--length", type=at_least(1), default=length, help="tokens decoded after it, a passage")
 
 
+def add_quality_options(add: Callable):
+    add_text_options(add, passages=24, least=2, length=384)
+    add("--tasks", choices=list(TASKS), nargs="*", default=list(TASKS), help="of tiny/train.py; none leaves the tasks out")
+    add("--decoded", type=at_least(0), default=0, help="the last tokens of the prompt to decode one by one: not prefilled")
+    add("--neighbours", choices=NEIGHBOURS, nargs="*", default=NEIGHBOURS, help="to compare with; none leaves them out")
+    add("--questions", type=at_least(2), default=24, help="questions of each task")
+    add("--entries", type=at_least(1), default=32, help="lines to remember, a question")
+
+
 def add_longgen_options(add: Callable):
     add_method_options(add, RetroConfig(), dtype="auto")
     add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
@@ -1041,13 +1053,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             sub.add_argument("--quick", action="store_true", help=f"unless given: {smaller}")
         return sub.add_argument
 
-    add = command(quality, "fidelity on text and accuracy on the tasks, against full attention")
-    add_text_options(add, passages=24, least=2, length=384)
-    add("--tasks", choices=list(TASKS), nargs="*", default=list(TASKS), help="of tiny/train.py; none leaves the tasks out")
-    add("--decoded", type=at_least(0), default=0, help="the last tokens of the prompt to decode one by one: not prefilled")
-    add("--neighbours", choices=NEIGHBOURS, nargs="*", default=NEIGHBOURS, help="to compare with; none leaves them out")
-    add("--questions", type=at_least(2), default=24, help="questions of each task")
-    add("--entries", type=at_least(1), default=32, help="lines to remember, a question")
+    add_quality_options(command(quality, "fidelity on text and accuracy on the tasks, against full attention"))
     add = command(exposure, "which pages neighbouring queries want, and how many a query meets")
     add_text_options(add, passages=8, least=1, length=256)
     add("--distance", type=at_least(1), default=8, help="steps to look back")

@@ -153,8 +153,8 @@ class Tokenizer:
         """Ids of a conversation of (role, text), roles system, user and assistant, up to where the assistant's turn begins.
 
         In the format whose special tokens there are: DeepSeek-R1's (where the turn begins with <think>), Llama 3's, or ChatML
-        (Qwen). A system message is to be the first; none is added.
-        ValueError if the tokenizer has none of the three.
+        (Qwen). A system message is to be the first; none is added. ValueError if the tokenizer has none of the three, or for
+        another role.
         """
         special = self.special
         ids = [self.bos] if self.bos is not None else []
@@ -280,14 +280,14 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_hugging_face(folder: str | Path) -> dict[str, torch.Tensor]:
     """model.safetensors of a folder, or the files that model.safetensors.index.json names, under Meta's names."""
-    files, index = [], {}
+    files, index = ["model.safetensors"], {}
     if (Path(folder) / "model.safetensors.index.json").is_file():
         index = _read_json(folder, "model.safetensors.index.json").get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
             raise ValueError(f"checkpoint {folder}: model.safetensors.index.json has no weight_map")
-        files = [_checkpoint_file(folder, name) for name in sorted(set(index.values()))]
+        files = sorted(set(index.values()))
     weights = {}
-    for path in files or [_checkpoint_file(folder, "model.safetensors")]:
+    for path in [_checkpoint_file(folder, name) for name in files]:  # all are there before one is read
         weights |= _read_safetensors(path)
     for name in index:
         if name not in weights:
@@ -376,7 +376,9 @@ class LlamaConfig:
         ffn_dim = int(multiplier * int(8 * params["dim"] / 3))
         ffn_dim = math.ceil(ffn_dim / params["multiple_of"]) * params["multiple_of"]
         scaled = params.get("use_scaled_rope", False)
-        factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] < 4096 else 8.0)  # the files of 3.2 don't say it
+        factor = params.get("rope_scaling_factor")
+        if factor is None:  # 3.1's, or that of 3.2, whose models are smaller: their files don't say it
+            factor = 8.0 if params["dim"] >= 4096 else 32.0
         return cls(
             dim=params["dim"],
             n_layer=params["n_layers"],
@@ -412,15 +414,7 @@ class LlamaConfig:
         for key in (*needed, "max_position_embeddings"):
             if key not in config:
                 raise ValueError(f"config.json: {key} is missing")
-        # rope_theta beside rope_scaling in published checkpoints, rope_parameters as transformers 5 writes them
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"config.json: rope {rope!r} is not supported: must be an object")
-        rope = {"rope_theta": config.get("rope_theta"), **rope}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        llama3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-        if kind not in ("default", "llama3") or kind == "llama3" and any(rope.get(key) != n for key, n in llama3.items()):
-            raise ValueError(f"config.json: rope {rope} is not supported: rope_type must be default, or llama3 with {llama3}")
+        rope_theta, rope_scaling = _read_rope(config)
         return cls(
             dim=config["hidden_size"],
             n_layer=config["num_hidden_layers"],
@@ -430,12 +424,26 @@ class LlamaConfig:
             ffn_dim=config["intermediate_size"],
             max_seq_len=config["max_position_embeddings"],
             norm_eps=config["rms_norm_eps"],
-            rope_theta=rope.get("rope_theta"),
-            rope_scaling=rope.get("factor", 0) if kind == "llama3" else None,  # 0 is refused: it must be there
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
             tie_embeddings=config.get("tie_word_embeddings", False),
             head_size=config.get("head_dim"),
             qkv_bias=config["model_type"] == "qwen2",
         )
+
+
+def _read_rope(config: dict) -> tuple[float, float | None]:
+    """rope_theta and rope_scaling out of config.json."""
+    # rope_theta beside rope_scaling in published checkpoints, rope_parameters as transformers 5 writes them
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope {rope!r} is not supported: must be an object")
+    rope = {"rope_theta": config.get("rope_theta"), **rope}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    llama3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+    if kind not in ("default", "llama3") or kind == "llama3" and any(rope.get(key) != n for key, n in llama3.items()):
+        raise ValueError(f"config.json: rope {rope} is not supported: rope_type must be default, or llama3 with {llama3}")
+    return rope["rope_theta"], rope.get("factor", 0) if kind == "llama3" else None  # 0 is refused: it must be there
 
 
 def read_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:

@@ -1091,6 +1091,8 @@ def test_params_of_a_published_model():
     small = {**params, "dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256, "use_scaled_rope": True}  # Llama 3.2 1B
     assert [getattr(LlamaConfig.from_params(small), name) for name in ("ffn_dim", "rope_scaling")] == [8192, 32.0]
     assert LlamaConfig.from_params({**small, "rope_scaling_factor": 16}).rope_scaling == 16
+    with pytest.raises(ValueError, match="rope_scaling must be a number > 0, not 0"):
+        LlamaConfig.from_params({**small, "rope_scaling_factor": 0})
     with pytest.raises(ValueError, match="ffn_dim_multiplier must be a number > 0, not inf"):
         LlamaConfig.from_params({**params, "ffn_dim_multiplier": math.inf})
 
@@ -1284,36 +1286,48 @@ def test_broken_safetensors_are_refused(tmp_path):
     refused("model-1.safetensors is missing")
     (tmp_path / "model.safetensors.index.json").unlink()
     refused("model.safetensors is missing")
+    (tmp_path / "model-2.safetensors").rename(tmp_path / "model.safetensors")
+    refused("no such tensor")
 
 
-def test_a_tokenizer_from_json(tmp_path):
-    """The same ids from tokenizer.json as from ranks; special tokens, begin of text and stop tokens as the folder says."""
-    write_tokenizer(tmp_path)
-    ours = Tokenizer.from_checkpoint(tmp_path)
+def write_tokenizer_json(folder, **changes):
+    """The tokenizer of `write_tokenizer` as Hugging Face writes it; returns both."""
+    write_tokenizer(folder)
+    ours = Tokenizer._from_ranks(folder)
     shown = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
     shown |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in shown)}
     spell = lambda token: "".join(shown[b] for b in token)  # noqa: E731
-    ranks = ours.bpe._mergeable_ranks
+    split = {"type": "Split", "pattern": {"Regex": Tokenizer.pattern}}
     file = {
         "added_tokens": [{"id": 260, "content": "<|start|>"}, {"id": 261, "content": "<|stop|>"}],
-        "pre_tokenizer": {
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": Tokenizer.pattern}},
-                {"type": "ByteLevel", "use_regex": False},
-            ]
+        "pre_tokenizer": {"pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]},
+        "model": {
+            "vocab": {spell(t): i for t, i in ours.bpe._mergeable_ranks.items()},
+            "merges": ["t h", "Ġ th", "th e", "Ġ the"],
         },
-        "model": {"vocab": {spell(t): i for t, i in ranks.items()}, "merges": ["t h", "Ġ th", "th e", "Ġ the"]},
         "post_processor": {"single": ["<|start|>", "A"]},
-    }
-    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 260, "eos_token_id": 261}))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    } | changes
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 260, "eos_token_id": 261}))
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    return ours, file
+
+
+def test_a_tokenizer_from_json(tmp_path):
+    """The same ids from tokenizer.json as from ranks, and special tokens; ids that only the model has are no text."""
+    ours, _ = write_tokenizer_json(tmp_path)
     theirs = Tokenizer.from_checkpoint(tmp_path)
     for text in ("the other", "Ünïcødé 你好 🙂\r\n\t 1234  x \0", "<|stop|> the"):
         assert theirs.encode(text) == ours.encode(text) and theirs.decode(theirs.encode(text)) == text
     assert theirs.encode("<|stop|>", bos=True, special=True) == [260, 261]
+    assert theirs.decode([258, 9999, 258]) == "thethe"  # Qwen's models have ids that their tokenizers do not know
+
+
+def test_first_and_last_tokens_are_as_the_folder_says(tmp_path):
+    """Begin of text from the post-processor or the options, of several files the later one, and null says nothing."""
+    write_tokenizer_json(tmp_path)
+    theirs = Tokenizer.from_checkpoint(tmp_path)
     assert (theirs.bos, theirs.stop_tokens) == (260, [261])
-    del file["post_processor"]  # Qwen names a first token that no text begins with
-    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    write_tokenizer_json(tmp_path, post_processor=None)  # Qwen names a first token that no text begins with
     assert Tokenizer.from_checkpoint(tmp_path).encode("the", bos=True) == [258]
     for said, start in ((False, []), (True, [260])):  # Qwen and DeepSeek say it here
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": said}))
@@ -1325,16 +1339,21 @@ def test_a_tokenizer_from_json(tmp_path):
         (tmp_path / "generation_config.json").write_text(json.dumps(said))
         tokenizer = Tokenizer.from_checkpoint(tmp_path)
         assert (tokenizer.bos, tokenizer.stop_tokens) == (bos, stops)
-    assert theirs.decode([258, 9999, 258]) == "thethe"  # Qwen's models have ids that their tokenizers do not know
-    (tmp_path / "tokenizer.json").write_text(json.dumps(file).replace('"use_regex": false', '"use_regex": true'))
-    with pytest.raises(ValueError, match="of another kind"):
-        Tokenizer.from_checkpoint(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**file, "normalizer": {"type": "Lowercase"}}))
-    with pytest.raises(ValueError, match="of another kind"):
-        Tokenizer.from_checkpoint(tmp_path)
-    for change in ({"merges": ["th e", "t h"]}, {"vocab": {"a": 0}}, {"merges": [1]}):
-        (tmp_path / "tokenizer.json").write_text(json.dumps({**file, "model": {**file["model"], **change}}))
-        with pytest.raises(ValueError, match="tokenizer.json is"):
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    """Another kind of BPE, or none: ids that only look right would be worse."""
+    _, file = write_tokenizer_json(tmp_path)
+    split, to_bytes = file["pre_tokenizer"]["pretokenizers"]
+    for change, message in (
+        ({"pre_tokenizer": {"pretokenizers": [split, {**to_bytes, "use_regex": True}]}}, "of another kind"),
+        ({"normalizer": {"type": "Lowercase"}}, "of another kind"),
+        ({"model": {**file["model"], "merges": ["th e", "t h"]}}, "tokenizer.json is"),
+        ({"model": {**file["model"], "vocab": {"a": 0}}}, "tokenizer.json is"),
+        ({"model": {**file["model"], "merges": [1]}}, "tokenizer.json is"),
+    ):
+        write_tokenizer_json(tmp_path, **change)
+        with pytest.raises(ValueError, match=message):
             Tokenizer.from_checkpoint(tmp_path)
 
 
@@ -1722,21 +1741,32 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
     assert bench.main(["picture", *files, "--out", str(tmp_path / "x.png")]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
     monkeypatch.undo()
-    record["arguments"]["decoded"], quest = 99, record["results"]["text"]["rows"]["Quest"]
-    kl = [quest["kl"] + 1, quest["kl"]]
-    quest["kl"] += 1
-    (tmp_path / "decoded").write_text(json.dumps(record))
-    files.insert(1, str(tmp_path / "decoded"))
     if importlib.util.find_spec("matplotlib"):
         assert bench.main(["picture", *files, "--out", str(tmp_path / "x.png")]) == 0
         assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
-        line = sys.modules["matplotlib.pyplot"].gcf().axes[0].lines[0]
-        assert list(line.get_xdata()) == [0, 99] and list(line.get_ydata()) == kl[::-1]
-    record["arguments"]["prefix"] = 149
-    (tmp_path / "decoded").write_text(json.dumps(record))
-    for wrong in (files, [*files[:2], *files[1:]]):
-        assert bench.main(["picture", *wrong, "--out", str(tmp_path / "x.png")]) == 2
+
+
+def test_the_picture_joins_runs_that_differ_in_decoded_alone(capsys, tmp_path):
+    """A point for each run, in the order of `decoded` and not of the files; other runs than these are no line."""
+
+    def save(name, command, decoded, prefix, results):
+        arguments = {"decoded": decoded, "prefix": prefix}
+        (tmp_path / name).write_text(json.dumps({"command": command, "arguments": arguments, "results": results}))
+        return str(tmp_path / name)
+
+    late, early, other = (
+        save(name, "quality", decoded, prefix, {"text": {"rows": {"full": {"kl": 0}, "Quest": {"kl": kl}}}})
+        for name, decoded, prefix, kl in (("late", 99, 150, 0.3), ("early", 0, 150, 0.2), ("other", 50, 149, 0.1))
+    )
+    exposure = save("exposure", "exposure", 0, 150, {"effective_exposure": {"1": 1, "2": 1.2}})
+    options = ["--exposure", exposure, "--out", str(tmp_path / "x.png")]
+    for wrong in ([late, other], [late, early, late]):
+        assert bench.main(["picture", "--quality", *wrong, *options]) == 2
         assert "must differ in their --decoded, and in no other argument" in capsys.readouterr().err
+    if importlib.util.find_spec("matplotlib"):
+        assert bench.main(["picture", "--quality", late, early, *options]) == 0
+        line = sys.modules["matplotlib.pyplot"].gcf().axes[0].lines[0]
+        assert list(line.get_xdata()) == [0, 99] and list(line.get_ydata()) == [0.2, 0.3]
 
 
 @pytest.fixture
