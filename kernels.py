@@ -272,8 +272,8 @@ def pages_selected(t, SHARE: tl.constexpr, WHOLE: tl.constexpr, FLOOR: tl.conste
     """`RetroConfig.pages_selected` on the device; SHARE / WHOLE is the budget, FLOOR the least number of pages."""
     held = t // PS + 1
     share = (held * SHARE + WHOLE - 1) // WHOLE  # 64 bits, as t
-    in_window = t // PS - tl.maximum(t - W + 1, 0) // PS + 1
-    return tl.minimum(held, tl.maximum(tl.maximum(share, in_window), FLOOR))
+    older = t // PS - tl.maximum(t - W + 1, 0) // PS  # of the window's pages
+    return tl.minimum(held, tl.maximum(share, FLOOR) + older)
 
 
 def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

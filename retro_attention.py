@@ -66,13 +66,13 @@ class RetroConfig:
         return ratio.numerator, ratio.denominator
 
     def pages_selected(self, t: int) -> int:
-        """Pages that a KV head loads at position t: the budget, the floor or the window's own pages, whichever is most, but
-        never more than are held."""
+        """Pages that a KV head loads at position t: the budget or the floor, whichever is more, and on top the window's older
+        pages, so that they take no page's place; but never more than are held."""
         held = t // self.page_size + 1
         share, whole = self.budget_ratio
         floor = -(-self.min_tokens // self.page_size)  # -(-a // b) is a / b rounded up
-        in_window = t // self.page_size - max(0, t - self.window + 1) // self.page_size + 1
-        return min(held, max(floor, -(-share * held // whole), in_window))
+        older = t // self.page_size - max(0, t - self.window + 1) // self.page_size  # of the window's pages
+        return min(held, max(floor, -(-share * held // whole)) + older)
 
     @functools.cache  # noqa: B019 (it keeps a few numbers alive)
     def most_pages_selected(self, P: int) -> int:
