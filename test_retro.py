@@ -281,7 +281,7 @@ def test_ties_go_to_the_lower_page_and_the_window_is_always_loaded():
 
 
 def test_pages_selected_is_exact_in_decimal():
-    """0.07 * 100 pages is 7; in binary floating point it would be 8. Then the floor, the window's older pages on top, all pages."""
+    """0.07 * 100 pages is 7; in binary floating point 8. Then the floor, the window's older pages on top, all pages."""
     assert RetroConfig(page_size=16, budget=0.07, min_tokens=1).pages_selected(1599) == 7
     assert RetroConfig(page_size=16, budget=0.3, min_tokens=1).pages_selected(159) == 3
     assert RetroConfig(page_size=16, budget=0.01, min_tokens=256).pages_selected(16 * 500 + 1) == 16
