@@ -858,7 +858,8 @@ def step_rows(model: Llama, args, context: int, B: int, rate: float) -> list[dic
             ms[name] += new
     ms = {name: statistics.median(x) for name, x in ms.items()}
     for name, retro in configs.items():
-        nbytes, seconds = step_bytes(model, retro, B, context - 15), ms[name] / 1e3  # 15: the middle of the 30
+        nbytes = statistics.mean(step_bytes(model, retro, B, n) for n in range(context - 29, context + 1))
+        seconds = ms[name] / 1e3
         row = {"context": context, "batch": B, "method": name, "ms": ms[name], "tokens/s": B / seconds, "bytes": nbytes}
         row |= {"GB/s": nbytes / seconds / 1e9, "share": nbytes / rate / seconds}
         rows.append(row | {"full/this": ms["full"] / ms[name], "this/Quest": ms[name] / ms["Quest"]} | memory[name])

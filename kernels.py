@@ -529,7 +529,8 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
         SPLITS=triton.next_power_of_2(splits),
         HS=hs,
         num_warps=max(1, splits // 32),
-        # Threads that hold the same sum share the place they write to: with fused multiply-adds their last bits would differ.
+        # A sum over threads ends up in all of them, and all of them store it. With fused multiply-adds each would round another
+        # product, and the copies would differ in their last bits.
         enable_fp_fusion=False,
         **LAUNCH_EARLY,
     )

@@ -38,7 +38,7 @@ class RetroConfig:
     """What RetroAttention may read, and how far back it corrects. ValueError names a value that is out of range."""
 
     page_size: int = 16  # tokens a page; a power of two
-    budget: float = 0.15  # share of the pages held that a step loads, in (0, 1]
+    budget: float = 0.15  # share of the pages held that a step loads, in (0, 1]; the window's older pages come on top
     min_tokens: int = 256  # ... but no fewer than this many tokens' worth
     window: int = 2  # rows a step carries, the new one included: the paper's w; 1 is Quest
     dense_layers: int = 2  # the first layers attend densely, as in Quest: their attention is spread too widely for a selection
@@ -77,8 +77,8 @@ class RetroConfig:
     @functools.cache  # noqa: B019 (it keeps a few numbers alive)
     def most_pages_selected(self, P: int) -> int:
         """Pages that a KV head loads at most, at any position of a cache of P pages."""
-        # The budget and the floor never fall as t grows, and how many pages the window touches depends only on the place of t
-        # in its page: so the positions of the last page contain the maximum.
+        # From t to the same place in the next page nothing falls: budget, floor, pages that the window touches. So the
+        # positions of the last page contain the maximum.
         return max(self.pages_selected(t) for t in range((P - 1) * self.page_size, P * self.page_size))
 
 

@@ -1812,16 +1812,19 @@ def test_decode_sets_whole_steps_beside_the_bytes(measure):
     rows, rate = results["rows"], max(results["memory_rate"].values())
     assert [row["method"] for row in rows] == ["full", "Quest", "Retro W=2"]
     read = 4 * sum(w.numel() for w in weights.values())
-    vector = 2 * 2 * 64 * 4  # 385 tokens in 25 pages when half of the steps are done
-    assert rows[0]["bytes"] == read + 10 * 2 * 385 * vector
-    for row, pages in ((rows[1], 16), (rows[2], 17)):  # the last page has just begun: W=2 lies in two
-        assert row["bytes"] == read + (3 * 2 * 385 + 7 * 2 * (25 + pages * 16)) * vector
+    vector = 2 * 2 * 64 * 4
+    # The last 30 steps, to position 399: 385.5 tokens, in 24 pages 14 times, in 25 pages 16 times; W=2 lies in two once.
+    assert rows[0]["bytes"] == pytest.approx(read + 10 * 2 * 385.5 * vector)
+    held = 24 + 16 / 30
+    for row, pages in ((rows[1], 16), (rows[2], 16 + 1 / 30)):
+        assert row["bytes"] == pytest.approx(read + (3 * 2 * 385.5 + 7 * 2 * (held + pages * 16)) * vector, rel=1e-12)
     for row in rows:
         assert row["share"] == pytest.approx(row["bytes"] / rate / row["ms"] * 1e3)
         assert row["tokens/s"] == pytest.approx(2e3 / row["ms"])
         assert row["kv MB"] == 10 * 2 * 400 * vector / 1e6
     untied = bench.random_model(replace(config, tie_embeddings=False, max_seq_len=400), "cpu", torch.float32)
-    assert bench.step_bytes(untied, None, 2, 385) == rows[0]["bytes"], "of the embedding table itself a step takes single rows"
+    # Of the embedding table itself a step takes single rows.
+    assert bench.step_bytes(untied, None, 2, 385) == read + 10 * 2 * 385 * vector
     bounds = [row["bounds MB"] for row in rows]
     assert bounds == [0, 7 * 2 * 25 * vector / 1e6, 7 * 2 * 25 * vector / 1e6]
     assert [row["outputs MB"] for row in rows] == [0, *(7 * 2 * W * 6 * 65 * 4 / 1e6 for W in (1, 2))]
