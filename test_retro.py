@@ -1813,11 +1813,11 @@ def test_decode_sets_whole_steps_beside_the_bytes(measure):
     assert [row["method"] for row in rows] == ["full", "Quest", "Retro W=2"]
     read = 4 * sum(w.numel() for w in weights.values())
     vector = 2 * 2 * 64 * 4
-    # The last 30 steps, to position 399: 385.5 tokens, in 24 pages 14 times, in 25 pages 16 times; W=2 lies in two once.
-    assert rows[0]["bytes"] == pytest.approx(read + 10 * 2 * 385.5 * vector)
-    held = 24 + 16 / 30
-    for row, pages in ((rows[1], 16), (rows[2], 16 + 1 / 30)):
-        assert row["bytes"] == pytest.approx(read + (3 * 2 * 385.5 + 7 * 2 * (held + pages * 16)) * vector, rel=1e-12)
+    # The last 30 steps, to position 399: 371 to 400 tokens, in 24 pages 14 times, in 25 pages 16 times; W=2 lies in two once.
+    tokens, held = sum(range(371, 401)), 14 * 24 + 16 * 25
+    assert rows[0]["bytes"] == read + 10 * 2 * tokens * vector / 30
+    for row, pages in ((rows[1], 30 * 16), (rows[2], 30 * 16 + 1)):
+        assert row["bytes"] == (30 * read + (3 * 2 * tokens + 7 * 2 * (held + pages * 16)) * vector) / 30
     for row in rows:
         assert row["share"] == pytest.approx(row["bytes"] / rate / row["ms"] * 1e3)
         assert row["tokens/s"] == pytest.approx(2e3 / row["ms"])
