@@ -206,7 +206,7 @@ class ReSA(Decoder):
         newest = int(self.t)
         if (newest - self.prompt_len + 1) % REFRESH == 0:
             rows = self.tokens[:, newest - REFRESH + 1 : newest + 1]  # (B, 32)
-            self.model.hidden(rows, *self.model.rope, self.dense_twins, self.t)
+            self.model.hidden(rows, *self.rope, self.dense_twins, self.t)
         return logits
 
 
@@ -811,7 +811,6 @@ def random_model(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for p in model.parameters():
         p.normal_(std=0.02) if p.ndim == 2 else p.fill_(1)
-    model.set_rope()
     return model
 
 

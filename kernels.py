@@ -2,11 +2,11 @@
 
     1. write    grid (B, n_head + n_kv_head)         a program rotates one head's rows; a KV head also stores and bounds them
     2. score    grid (B * n_kv_head, blocks of P)    a scan of the page bounds
-    3. select   grid (B * n_kv_head,)                all scores of a KV head in registers: exact top-k, exposure mask A
+    3. select   grid (B * n_kv_head,)                all scores of a KV head in registers: exact top-k, exposure mask
     4. attend   grid (splits, B * n_kv_head)         flash attention of W * G rows over a share of the selected pages
     5. combine  grid (B * W * n_head,)               merges the splits and the output cache
 
-and of what a decode step computes beside attention, rms_norm and swiglu.
+and of what a layer computes beside attention, rms_norm and swiglu. Launch timing, which no result depends on, is at the end.
 
 For a reader new to Triton: a kernel runs once for each *program* of its grid, and `tl.program_id` says which. Arguments named
 like tensors are pointers to their first element; a pointer plus a block of offsets is a block of addresses, of which those
@@ -14,11 +14,12 @@ whose mask is false read `other` and write nothing. `tl.constexpr` arguments are
 its blocks; they see each other's stores to memory only after a barrier, those of other programs only when their kernel has
 ended. The sides of a block are powers of two: ROWS, N, SPLITS and DIM are sizes rounded up, and masks cut off what is too much.
 `num_warps` says how many groups of 32 threads share a program, `num_stages` how many tiles of a loop are on their way at once;
-where None is passed for a pointer, the branch that would use it is not compiled.
+where a pointer is None, the branch that would use it is not compiled.
 
-Below each function `step` that checks, allocates and launches stands its kernel `step_kernel`. Grids and shapes depend on the
-sizes of the cache and never on the position: `t` is loaded inside, so the host never waits for the device and a whole step can
-become a CUDA graph. What is stored after position t is never read into a result.
+Below each function `step` that checks, allocates and launches stands its kernel `step_kernel`. `cache` is a LayerCache, CONFIG
+its RetroConfig. Grids and shapes depend on the sizes of the cache and never on the position: `t` is loaded inside, so the host
+never waits for the device and a whole step can become a CUDA graph. What is stored after position t is never read into a
+result.
 
 Bytes are those of one layer and one step; e is the element size, heads = B * n_kv_head.
 
@@ -33,43 +34,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from retro_attention import LayerCache, RetroConfig
-
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
-
-# From Hopper on, a kernel can be launched before the one ahead of it has ended (programmatic dependent launch). score, select
-# and combine are: each loads what no running kernel writes, t and tables that the step before left, and then waits. That hides
-# the launches and the first reads. write is launched normally, for what stands before it is PyTorch's. So is attend: it fills
-# the multiprocessors evenly only if it finds them all empty, so select lets nobody in.
-EARLY = tl.constexpr(
-    os.environ.get("TRITON_INTERPRET") != "1"
-    and torch.version.cuda is not None
-    and torch.cuda.is_available()
-    and torch.cuda.get_device_capability() >= (9, 0)
-)
-LAUNCH_EARLY = {"launch_pdl": True} if EARLY.value else {}
-
-
-@triton.jit
-def let_the_next_kernel_in():
-    """Allows the next kernel to start. To be called only where all older kernels have ended: after the wait, or first thing in
-    a kernel that is launched normally."""
-    if EARLY:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def wait_for_the_kernel_before():
-    """Returns when all older kernels have ended. Before it nothing is stored, and nothing read that the kernel ahead writes."""
-    if EARLY:
-        gdc_wait()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. write
 
 
-def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
+def write(q, k, v, cos, sin, cache, t: torch.Tensor) -> torch.Tensor:
     """Rotates q and k, puts the window's rows of k and v into the cache, refreshes the touched bounds; returns rotated q."""
     B, W, n_head, hs = q.shape
     assert all(x.is_contiguous() for x in (cos, sin, cache.k, cache.v)), "angles and cache must be contiguous"
@@ -77,31 +49,13 @@ def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor
     strides = [x.stride(1) if W > 1 else x.stride(0) for x in (q, k, v)]
     for x, stride in zip((q, k, v), strides, strict=True):
         assert x.stride()[2:] == (hs, 1) and (B == 1 or x.stride(0) == W * stride), "rows must be evenly spaced"
-    n_kv_head, P, ps = cache.k.shape[1:4]
+    n_kv_head, P = cache.k.shape[1:3]
     q_rotated = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     write_kernel[(B, n_head + n_kv_head)](
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        q_rotated,
-        cache.k,
-        cache.v,
-        cache.k_min,
-        cache.k_max,
-        t,
-        *strides,
-        P,
-        n_head,
-        n_kv_head,
-        W=W,
-        ROWS=triton.next_power_of_2(W),
-        PS=ps,
-        HS=hs,
-        BOUNDED=cache.k_min is not None,
+        q, k, v, cos, sin, q_rotated, cache.k, cache.v, cache.k_min, cache.k_max, t, *strides, P, n_head, n_kv_head,
+        CONFIG=cache.config, ROWS=triton.next_power_of_2(W), HS=hs,
         num_warps=1 if W <= 8 else 4,  # a few rows: more warps would only wait
-    )
+    )  # fmt: skip
     return q_rotated
 
 
@@ -114,29 +68,9 @@ def rotate(x, cos, sin, ROWS: tl.constexpr, HS: tl.constexpr):
 
 @triton.jit
 def write_kernel(
-    q,
-    k,
-    v,
-    cos,
-    sin,
-    q_rotated,
-    cache_k,
-    cache_v,
-    k_min,
-    k_max,
-    t_ptr,
-    q_stride,
-    k_stride,
-    v_stride,
-    P,
-    n_head,
-    n_kv_head,
-    W: tl.constexpr,
-    ROWS: tl.constexpr,
-    PS: tl.constexpr,
-    HS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
+    q, k, v, cos, sin, q_rotated, cache_k, cache_v, k_min, k_max, t_ptr, q_stride, k_stride, v_stride, P, n_head, n_kv_head,
+    CONFIG: tl.constexpr, ROWS: tl.constexpr, HS: tl.constexpr,
+):  # fmt: skip
     """q, k = rope(q), rope(k); K[rows], V[rows] = k, v; bounds[touched pages] = min, max of their keys
 
     Grid (B, n_head + n_kv_head): a program has one head and its W rows. Reads and writes B * W * (n_head + 2 n_kv_head) * hs
@@ -144,6 +78,8 @@ def write_kernel(
     before the window in its first page, heads * ((t-W+1) % ps) * hs * e, and writes heads * touched pages * 2 * hs * e.
     """
     let_the_next_kernel_in()
+    W: tl.constexpr = CONFIG.window
+    PS: tl.constexpr = CONFIG.page_size
     b, head = tl.program_id(0), tl.program_id(1)
     t = tl.load(t_ptr)
     w = tl.arange(0, ROWS)  # (ROWS,) W of them are rows
@@ -170,16 +106,15 @@ def write_kernel(
         tl.store(cache_v + place, tl.load(v + row * v_stride + rest, mask=real[:, None], other=0.0), mask=real[:, None])
 
         # Bounds: the window's keys are in registers, only the page's earlier ones are read (no barrier after the store above).
-        if BOUNDED:
-            offset = tl.arange(0, PS)
+        if k_min is not None:
             for page in range(tl.maximum(t - W + 1, 0) // PS, t // PS + 1):
-                earlier = page * PS + offset  # (PS,) positions
-                known = (earlier < t - W + 1)[:, None]  # (PS, 1)
-                keys = tl.load(cache_k + first_page * PS * HS + earlier[:, None] * HS + i[None, :], mask=known, other=0.0)
+                j = page * PS + tl.arange(0, PS)  # (PS,) positions
+                earlier = (j < t - W + 1)[:, None]  # (PS, 1) before the window
+                keys = tl.load(cache_k + first_page * PS * HS + j[:, None] * HS + i[None, :], mask=earlier, other=0.0)
                 inside = (real & (p // PS == page))[:, None]  # (ROWS, 1)
-                low = tl.min(tl.where(known, keys, float("inf")).to(tl.float32), axis=0)  # (HS,)
+                low = tl.min(tl.where(earlier, keys, float("inf")).to(tl.float32), axis=0)  # (HS,)
                 low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")).to(tl.float32), axis=0))
-                high = tl.max(tl.where(known, keys, float("-inf")).to(tl.float32), axis=0)  # (HS,)
+                high = tl.max(tl.where(earlier, keys, float("-inf")).to(tl.float32), axis=0)  # (HS,)
                 high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")).to(tl.float32), axis=0))
                 bound = (first_page + page) * HS + i  # (HS,)
                 tl.store(k_min + bound, low.to(x.dtype))
@@ -190,46 +125,25 @@ def write_kernel(
 # 2. score
 
 
-def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
+def score(q: torch.Tensor, cache, t: torch.Tensor) -> torch.Tensor:
     """Quest's bounds of the newest row, summed over the group -> (B, n_kv_head, P) float32; only pages held are written."""
     B, W, n_head, hs = q.shape
     assert q.is_contiguous(), "q must be contiguous"
-    n_kv_head, P, ps = cache.k.shape[1:4]
+    n_kv_head, P = cache.k.shape[1:3]
     scores = torch.empty(B, n_kv_head, P, device=q.device, dtype=torch.float32)
     PAGES = 32  # small blocks: at batch 1 there must be enough of them to keep every multiprocessor reading
     score_kernel[(B * n_kv_head, triton.cdiv(P, PAGES))](
-        q,
-        cache.k_min,
-        cache.k_max,
-        scores,
-        t,
-        P,
-        n_kv_head,
-        W=W,
-        G=n_head // n_kv_head,
-        PS=ps,
-        HS=hs,
-        PAGES=PAGES,
-        **LAUNCH_EARLY,
-    )
+        q, cache.k_min, cache.k_max, scores, t, P, n_kv_head,
+        CONFIG=cache.config, G=n_head // n_kv_head, HS=hs, PAGES=PAGES, **LAUNCH_EARLY,
+    )  # fmt: skip
     return scores
 
 
 @triton.jit
 def score_kernel(
-    q,
-    k_min,
-    k_max,
-    scores,
-    t_ptr,
-    P,
-    n_kv_head,
-    W: tl.constexpr,
-    G: tl.constexpr,
-    PS: tl.constexpr,
-    HS: tl.constexpr,
-    PAGES: tl.constexpr,
-):
+    q, k_min, k_max, scores, t_ptr, P, n_kv_head,
+    CONFIG: tl.constexpr, G: tl.constexpr, HS: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
     """score_j = sum over the group's q and all i of max(q_i * k_min_ji, q_i * k_max_ji)
 
     Grid (B * n_kv_head, blocks of PAGES pages); blocks beyond the pages held return at once. Reads the bounds of the pages
@@ -237,7 +151,7 @@ def score_kernel(
     """
     bh = tl.program_id(0).to(tl.int64)
     b, h = bh // n_kv_head, bh % n_kv_head
-    held = tl.load(t_ptr) // PS + 1
+    held = tl.load(t_ptr) // CONFIG.page_size + 1
     wait_for_the_kernel_before()
     let_the_next_kernel_in()
     page = tl.program_id(1) * PAGES + tl.arange(0, PAGES)  # (PAGES,)
@@ -245,8 +159,9 @@ def score_kernel(
         i = tl.arange(0, HS)
         up = tl.zeros([HS], dtype=tl.float32)  # what meets the upper bounds: the positive parts of the group's queries
         down = tl.zeros([HS], dtype=tl.float32)
+        newest = b * CONFIG.window + CONFIG.window - 1  # row in (B, W)
         for g in tl.static_range(G):
-            x = tl.load(q + ((b * W + W - 1) * n_kv_head * G + h * G + g) * HS + i).to(tl.float32)  # (HS,)
+            x = tl.load(q + ((newest * n_kv_head + h) * G + g) * HS + i).to(tl.float32)  # (HS,)
             up += tl.maximum(x, 0.0)
             down += tl.minimum(x, 0.0)
         tile = (bh * P + page[:, None]) * HS + i[None, :]  # (PAGES, HS)
@@ -260,122 +175,112 @@ def score_kernel(
 # 3. select
 
 
-def budget_of(config: RetroConfig) -> dict[str, int]:
-    """What `pages_selected` needs of a configuration."""
-    share, whole = config.budget_ratio
-    floor = triton.cdiv(config.min_tokens, config.page_size)
-    return {"SHARE": share, "WHOLE": whole, "FLOOR": floor, "W": config.window, "PS": config.page_size}
+@triton.jit
+def first_window_page(t, CONFIG: tl.constexpr):
+    """`RetroConfig.first_window_page` on the device: from this page on, all are loaded always."""
+    return tl.maximum(t - CONFIG.window + 1, 0) // CONFIG.page_size
 
 
 @triton.jit
-def pages_selected(t, SHARE: tl.constexpr, WHOLE: tl.constexpr, FLOOR: tl.constexpr, W: tl.constexpr, PS: tl.constexpr):
-    """`RetroConfig.pages_selected` on the device; SHARE / WHOLE is the budget, FLOOR the least number of pages."""
-    held = t // PS + 1
-    share = (held * SHARE + WHOLE - 1) // WHOLE  # 64 bits, as t
-    older = t // PS - tl.maximum(t - W + 1, 0) // PS  # of the window's pages
-    return tl.minimum(held, tl.maximum(share, FLOOR) + older)
+def pages_selected(t, CONFIG: tl.constexpr):
+    """`RetroConfig.pages_selected` on the device; t in 64 bits."""
+    held = t // CONFIG.page_size + 1
+    share = (held * CONFIG.budget_ratio[0] + CONFIG.budget_ratio[1] - 1) // CONFIG.budget_ratio[1]
+    older = t // CONFIG.page_size - first_window_page(t, CONFIG)  # of the window's pages
+    return tl.minimum(held, tl.maximum(share, CONFIG.min_pages) + older)
 
 
-def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def select(scores: torch.Tensor, cache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Top pages and the steps that last loaded them, two of (B, n_kv_head, S) int32. S is the most that any position needs;
-    only the first `pages_selected(t)` are written. Then the exposure mask says t. Scores may be infinite here."""
+    only the first `pages_selected(t)` are written. Then cache.last_loaded says t. Scores may be infinite or NaN here."""
     B, n_kv_head, P = scores.shape
     S = cache.config.most_pages_selected(P)
-    pages, stamps = (torch.empty(B, n_kv_head, S, device=scores.device, dtype=torch.int32) for _ in range(2))
+    pages, last_loaded = (torch.empty(B, n_kv_head, S, device=scores.device, dtype=torch.int32) for _ in range(2))
     N = triton.next_power_of_2(P)
     select_kernel[(B * n_kv_head,)](
-        scores,
-        cache.last_loaded,
-        cache.totals,
-        pages,
-        stamps,
-        t,
-        P,
-        S,
-        **budget_of(cache.config),
-        N=N,
-        num_warps=min(32, max(4, N // 512)),  # 16 pages a thread
-        **LAUNCH_EARLY,
-    )
-    return pages, stamps
+        scores, cache.last_loaded, cache.totals, pages, last_loaded, t, P, S,
+        CONFIG=cache.config, N=N, num_warps=min(32, max(4, N // 512)), **LAUNCH_EARLY,  # 16 pages per thread
+    )  # fmt: skip
+    return pages, last_loaded
 
 
 @triton.jit
 def select_kernel(
-    scores,
-    last_loaded,
-    totals,
-    pages,
-    stamps,
-    t_ptr,
-    P,
-    S,
-    SHARE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FLOOR: tl.constexpr,
-    W: tl.constexpr,
-    PS: tl.constexpr,
-    N: tl.constexpr,
-):
-    """pages = top-k(score); stamps = A[pages]; A[pages] = t
+    scores, cache_last_loaded, totals, pages, last_loaded, t_ptr, P, S,
+    CONFIG: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """pages = top-k(score); last_loaded = A[pages]; A[pages] = t
 
-    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads heads * held * 8 bytes of scores and stamps, writes
+    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads heads * held * 8 bytes of scores and of A, writes
     heads * count * 12, with count = pages_selected(t).
+
+    An example with six pages held. Page 5 is the window's own and always loaded; `rest` = 2 of the others are to be chosen:
+
+        page      0    1    2    3    4    5
+        score   1.5  0.2  7.0  1.5 -3.0
+        rank     40   30   50   40   10    0      integers in the order of the scores (small ones here; they have 32 bits)
+
+    At least 2 ranks reach low = 10, none reaches high = 51. Between them a = 23 and b = 36 are reached by 4 and 3 ranks: now
+    low = 36. Then a = 41 and b = 46 are reached by 1 and 1: high = 41. The search ends at low = 40, high = 41. Three ranks
+    reach 40, one too many, and no threshold can part the two that are equal. Page 2 is above 40, so there is room for one of
+    the two: page 0, the lower. Chosen are pages 0, 2 and 5, in slots 0, 1, 2 of the list: the number of chosen pages before.
     """
+    PS: tl.constexpr = CONFIG.page_size
     bh = tl.program_id(0).to(tl.int64)
     t64 = tl.load(t_ptr)
-    count = pages_selected(t64, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
+    count = pages_selected(t64, CONFIG).to(tl.int32)
     t = t64.to(tl.int32)  # all that follows fits 32 bits, in which a GPU computes fastest
-    held, first = t // PS + 1, tl.maximum(t - W + 1, 0) // PS  # the window's own pages, `first` and on, are always chosen ...
-    rest = count - (held - first)  # ... and this many of the earlier ones
+    held, first = t // PS + 1, first_window_page(t, CONFIG)
+    rest = count - (held - first)  # pages before the window to choose
     page = tl.arange(0, N)  # (N,)
-    # The tables were last written by the step before; the scores by the kernel before.
-    stamp = tl.load(last_loaded + bh * P + page, mask=page < held, other=0)  # (N,) of all pages
+    # These tables were last written by the step before; the scores by the kernel before.
+    before = tl.load(cache_last_loaded + bh * P + page, mask=page < held, other=0)  # (N,) the last load of each page
     loaded, sights = tl.load(totals + bh * 2), tl.load(totals + bh * 2 + 1)
     wait_for_the_kernel_before()
     x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
     x = tl.where(x == x, x, float("inf"))  # a NaN, of keys that have overflowed, ranks first
-    # Integers in the order of the scores: a positive float's bits rise with it, a negative one's fall. -0.0 counts as 0.0.
+    # A positive float's bits, read as an integer, rise with it, a negative one's fall. -0.0 counts as 0.0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
-    key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
-    key = tl.where(page < first, key, 0).to(tl.uint32)
+    rank = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
+    rank = tl.where(page < first, rank, 0).to(tl.uint32)
 
-    # The threshold: at least `rest` keys reach `low`, fewer than that reach `high` (none where `rest` is 0). Two values between
-    # them are tried at once, the numbers of keys that reach them side by side in one integer: they fit, as the smallest key
-    # reaches neither. Done when exactly `rest` keys reach `low`, or only equal ones are left.
-    BOTH: tl.constexpr = tl.int32 if N < 65536 else tl.int64
+    # At least `rest` ranks reach `low`, fewer than that reach `high` (none where `rest` is 0). Two thresholds between them are
+    # tried at once, the numbers of pages that reach them side by side in one integer, so that a pass over the program's threads
+    # narrows the gap to a third: EARLY_GAIN. The counts fit, as the smallest rank reaches neither. Done
+    # when exactly `rest` ranks reach `low`, or only equal ones are left.
     BITS: tl.constexpr = 16 if N < 65536 else 32
-    low = tl.min(tl.where(page < first, key, 0xFFFFFFFF).to(tl.uint32), axis=0)
-    high = tl.max(key, axis=0) + 1
+    BOTH: tl.constexpr = tl.int32 if N < 65536 else tl.int64
+    low = tl.min(tl.where(page < first, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
+    high = tl.max(rank, axis=0) + 1
     reached = first
     while (reached != rest) & (high > low + 1):
         third = tl.maximum((high - low) // 3, 1)
         a, b = low + third, low + 2 * third
-        both = tl.sum((key >= a).to(BOTH) + ((key >= b).to(BOTH) << BITS), axis=0)
+        both = tl.sum((rank >= a).to(BOTH) + ((rank >= b).to(BOTH) << BITS), axis=0)
         at_a, at_b = (both & ((1 << BITS) - 1)).to(tl.int32), (both >> BITS).to(tl.int32)
         high = tl.where(at_b >= rest, high, tl.where(at_a >= rest, b, a))
         low = tl.where(at_b >= rest, b, tl.where(at_a >= rest, a, low))
         reached = tl.where(at_b >= rest, at_b, tl.where(at_a >= rest, at_a, reached))
-    chosen = key >= low
-    if reached > rest:  # of equal keys, the lower pages
-        tied = key == low
-        room = rest - tl.sum((key > low).to(tl.int32), axis=0)
-        chosen = (key > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
+    chosen = rank >= low
+    if reached > rest:  # of equal ranks, the lower pages
+        tied = rank == low
+        room = rest - tl.sum((rank > low).to(tl.int32), axis=0)
+        chosen = (rank > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
     chosen = (chosen & (page < first)) | ((page >= first) & (page < held))
     # A page's slot is the number of chosen pages before it: those in its own row of LANES pages and those of the rows above.
     # One cumsum over all N would hand partial sums from thread to thread through the whole program.
     LANES: tl.constexpr = 32 if N >= 32 else N
     lanes = chosen.to(tl.int32).reshape(N // LANES, LANES)
     in_row = tl.sum(lanes, axis=1)  # (N / LANES,)
-    before = tl.cumsum(in_row, axis=0) - in_row  # (N / LANES,)
-    slot = (tl.cumsum(lanes, axis=1) - 1 + before[:, None]).reshape(N)
+    above = tl.cumsum(in_row, axis=0) - in_row  # (N / LANES,)
+    slot = (tl.cumsum(lanes, axis=1) - 1 + above[:, None]).reshape(N)
 
     tl.store(pages + bh * S + slot, page, mask=chosen)
-    tl.store(stamps + bh * S + slot, stamp, mask=chosen)
-    tl.store(last_loaded + bh * P + page, t, mask=chosen)
+    tl.store(last_loaded + bh * S + slot, before, mask=chosen)
+    tl.store(cache_last_loaded + bh * P + page, t, mask=chosen)
 
     # The past rows that see a page for the first time: at or after its first token and after its last load, oldest .. t-1.
-    oldest = tl.maximum(tl.maximum(stamp + 1, page * PS), t - W + 1)  # (N,)
+    oldest = tl.maximum(tl.maximum(before + 1, page * PS), t - CONFIG.window + 1)  # (N,)
     first_sights = tl.sum(tl.where(chosen, tl.maximum(t - oldest, 0), 0), axis=0)
     tl.store(totals + bh * 2, loaded + count)
     tl.store(totals + bh * 2 + 1, sights + first_sights)
@@ -385,77 +290,42 @@ def select_kernel(
 # 4. attend
 
 
-def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tensor | None, t: torch.Tensor):
+def attend(q, cache, pages: torch.Tensor | None, last_loaded: torch.Tensor | None, t: torch.Tensor):
     """Attention of all rows over the selected pages, each row over what it may see and has not seen; without `pages` over all
-    that are held. One part a split: o (splits, B, W, n_head, hs), lse (splits, B, W, n_head) float32."""
+    that are held. One part per split: o (splits, B, W, n_head, hs), lse (splits, B, W, n_head) float32."""
     B, W, n_head, hs = q.shape
     assert W == cache.config.window, f"q has {W} rows, the window {cache.config.window}"
     assert q.is_contiguous(), "q must be contiguous"
     n_kv_head, P, ps = cache.k.shape[1:4]
-    S = P if pages is None else pages.shape[2]
+    S, G = P if pages is None else pages.shape[2], n_head // n_kv_head
     # A tile of keys is what a program has in flight; in float32 a larger one does not fit the registers.
     KEYS = 128 if q.element_size() == 2 else 32
-    # About two programs a multiprocessor, but none with less than a tile of keys to read.
+    # About two programs per multiprocessor, but none with less than a tile of keys to read.
     programs = 256 if q.is_cuda else 3  # in the interpreter enough for parts to merge
     splits = max(1, min(programs // (B * n_kv_head), triton.cdiv(S * ps, KEYS), 64))
     o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
     lse = torch.empty(splits, B, W, n_head, device=q.device, dtype=torch.float32)
-    G = n_head // n_kv_head
     attend_kernel[(splits, B * n_kv_head)](
-        q,
-        cache.k,
-        cache.v,
-        pages,
-        stamps,
-        o,
-        lse,
-        t,
-        P,
-        S,
-        n_kv_head,
-        hs**-0.5,
-        DENSE=pages is None,
-        **budget_of(cache.config),
-        G=G,
-        ROWS=max(16, triton.next_power_of_2(W * G)),  # tl.dot wants 16 rows at least
-        HS=hs,
-        KEYS=KEYS,
-        num_stages=2,
-    )
+        q, cache.k, cache.v, pages, last_loaded, o, lse, t, P, S, n_kv_head, hs**-0.5,
+        CONFIG=cache.config, G=G, ROWS=max(16, triton.next_power_of_2(W * G)),  # tl.dot wants 16 rows at least
+        HS=hs, KEYS=KEYS, num_stages=2,
+    )  # fmt: skip
     return o, lse
 
 
 @triton.jit
 def attend_kernel(
-    q,
-    cache_k,
-    cache_v,
-    pages,
-    stamps,
-    o,
-    lse,
-    t_ptr,
-    P,
-    S,
-    n_kv_head,
-    scale,
-    DENSE: tl.constexpr,
-    SHARE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    FLOOR: tl.constexpr,
-    W: tl.constexpr,
-    PS: tl.constexpr,
-    G: tl.constexpr,
-    ROWS: tl.constexpr,
-    HS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """o = softmax(q . K / sqrt(hs)) V and its lse, over the keys at j <= p in pages with stamp < p, for the row at position p
+    q, cache_k, cache_v, pages, last_loaded, o, lse, t_ptr, P, S, n_kv_head, scale,
+    CONFIG: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, HS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """o = softmax(q . K / sqrt(hs)) V and its lse, for the row at p over the keys at j <= p in pages with last_loaded < p
 
     Grid (splits, B * n_kv_head): a program has all W * G rows of a KV head and a share of its pages. Reads each selected page
     once, heads * count * ps * 2 * hs * e bytes with count = pages_selected(t); writes splits * B * W * n_head * (hs + 1) * 4.
     """
     let_the_next_kernel_in()
+    W: tl.constexpr = CONFIG.window
+    PS: tl.constexpr = CONFIG.page_size
     split, splits = tl.program_id(0), tl.num_programs(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // n_kv_head, bh % n_kv_head
@@ -469,7 +339,7 @@ def attend_kernel(
     queries = tl.load(q + row[:, None] * HS + i[None, :], mask=(w < W)[:, None], other=0.0)  # (ROWS, HS)
 
     # This split's share of the page list, in whole pages.
-    count = t // PS + 1 if DENSE else pages_selected(t64, SHARE, WHOLE, FLOOR, W, PS).to(tl.int32)
+    count = t // PS + 1 if pages is None else pages_selected(t64, CONFIG).to(tl.int32)
     per_split = (count + splits - 1) // splits
     start, end = split * per_split, tl.minimum((split + 1) * per_split, count)
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)  # running maximum of the scores, base 2
@@ -477,18 +347,18 @@ def attend_kernel(
     acc = tl.zeros([ROWS, HS], dtype=tl.float32)  # running sum of exp2(score - top) * v
     for first in range(start * PS, end * PS, KEYS):
         slot = (first + n) // PS  # (KEYS,) places in the page list
-        if DENSE:
+        if pages is None:
             page = slot
-            stamp = tl.full([KEYS], -1, dtype=tl.int32)
+            before = tl.full([KEYS], -1, dtype=tl.int32)
         else:
             page = tl.load(pages + bh * S + slot, mask=slot < end, other=0)  # (KEYS,)
-            stamp = tl.load(stamps + bh * S + slot, mask=slot < end, other=0)  # (KEYS,)
+            before = tl.load(last_loaded + bh * S + slot, mask=slot < end, other=0)  # (KEYS,)
         j = page * PS + (first + n) % PS  # (KEYS,) positions of the keys
         written = (slot < end) & (j <= t)
         tile = j[:, None] * HS + i[None, :]  # (KEYS, HS)
         keys = tl.load(head_k + tile, mask=written[:, None], other=0.0)  # (KEYS, HS)
         scores = tl.dot(queries, keys.T, input_precision="ieee") * (scale * LOG2E)  # (ROWS, KEYS)
-        visible = written[None, :] & (j[None, :] <= p[:, None]) & (stamp[None, :] < p[:, None])  # (ROWS, KEYS)
+        visible = written[None, :] & (j[None, :] <= p[:, None]) & (before[None, :] < p[:, None])  # (ROWS, KEYS)
         scores = tl.where(visible, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))  # (ROWS,)
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet: exp2(-inf - 0) = 0
@@ -511,47 +381,25 @@ def attend_kernel(
 # 5. combine
 
 
-def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
+def combine(o: torch.Tensor, lse: torch.Tensor, cache, t: torch.Tensor) -> torch.Tensor:
     """Merges the splits with each other and with the output cache, in place -> (B, W, n_head, hs) in the model's dtype."""
     splits, B, W, n_head, hs = o.shape
     merged = torch.empty(B, W, n_head, hs, device=o.device, dtype=cache.k.dtype)
     combine_kernel[(B * W * n_head,)](
-        o,
-        lse,
-        cache.out,
-        cache.lse,
-        merged,
-        t,
-        splits,
-        n_head,
-        CACHED=cache.out is not None,
-        W=W,
-        SPLITS=triton.next_power_of_2(splits),
-        HS=hs,
-        num_warps=max(1, splits // 32),
+        o, lse, cache.out, cache.lse, merged, t, splits, n_head,
+        W=W, SPLITS=triton.next_power_of_2(splits), HS=hs, num_warps=max(1, splits // 32),
         # A sum over threads ends up in all of them, and all of them store it. With fused multiply-adds each would round another
         # product, and the copies would differ in their last bits.
-        enable_fp_fusion=False,
-        **LAUNCH_EARLY,
-    )
+        enable_fp_fusion=False, **LAUNCH_EARLY,
+    )  # fmt: skip
     return merged
 
 
 @triton.jit
 def combine_kernel(
-    o,
-    lse,
-    cache_out,
-    cache_lse,
-    merged,
-    t_ptr,
-    splits,
-    n_head,
-    CACHED: tl.constexpr,
-    W: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HS: tl.constexpr,
-):
+    o, lse, cache_out, cache_lse, merged, t_ptr, splits, n_head,
+    W: tl.constexpr, SPLITS: tl.constexpr, HS: tl.constexpr,
+):  # fmt: skip
     """lse = log(sum of exp(lse_i)); o = sum of exp(lse_i - lse) * o_i, over the splits and the output cache
 
     Grid (B * W * n_head,): a program has one row of one head. Reads (splits + 1) * B * W * n_head * (hs + 1) * 4 bytes, writes
@@ -561,7 +409,7 @@ def combine_kernel(
     head, w, b = row % n_head, row // n_head % W, row // (n_head * W)
     i, split = tl.arange(0, HS), tl.arange(0, SPLITS)
     part = split * tl.num_programs(0) + row  # (SPLITS,) in (splits, B, W, n_head)
-    if CACHED:
+    if cache_out is not None:
         # Position p = t - W + 1 + w has slot p % W, which is (t + 1 + w) % W also where p is negative. The newest row takes
         # the slot of the one that leaves: pop. What the cache holds was written by the step before.
         slot = (b * W + (tl.load(t_ptr) + 1 + w) % W) * n_head + head
@@ -570,7 +418,7 @@ def combine_kernel(
     wait_for_the_kernel_before()
     part_lse = tl.load(lse + part, mask=split < splits, other=float("-inf"))  # (SPLITS,)
     top = tl.max(part_lse, axis=0)
-    if CACHED:
+    if cache_out is not None:
         top = tl.maximum(top, cached_lse)
     finite = tl.where(top == float("-inf"), 0.0, top)  # nothing seen at all: every weight is exp(-inf - 0) = 0
 
@@ -578,14 +426,14 @@ def combine_kernel(
     parts = tl.load(o + part[:, None] * HS + i[None, :], mask=(split < splits)[:, None], other=0.0)  # (SPLITS, HS)
     norm = tl.sum(weight, axis=0)
     result = tl.sum(weight[:, None] * parts, axis=0)  # (HS,)
-    if CACHED:
+    if cache_out is not None:
         cached_weight = tl.exp2((cached_lse - finite) * LOG2E)
         norm += cached_weight
         result += cached_weight * cached_out
     seen = norm > 0
     result = result / tl.where(seen, norm, 1.0)
     tl.store(merged + row * HS + i, result.to(merged.dtype.element_ty))
-    if CACHED:  # update the past rows, push the newest
+    if cache_out is not None:  # update the past rows, push the newest
         tl.debug_barrier()  # all threads of the program have read the old lse before one replaces it
         total = tl.where(seen, finite + tl.log2(tl.where(seen, norm, 1.0)) / LOG2E, float("-inf"))
         tl.store(cache_lse + slot, total)
@@ -593,7 +441,8 @@ def combine_kernel(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Beside attention
+# Beside attention. PyTorch's own functions are 2.8 to 3.7 % (RMSNorm) and 2.0 to 2.6 % (SwiGLU, whose two halves are not
+# contiguous) of a whole W=2 step slower: one H100, Llama-3.1-8B's shape, 32k x 1, 128k x 1 and 32k x 8.
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -638,3 +487,35 @@ def swiglu_kernel(x, y, n, BLOCK: tl.constexpr):
     gate = tl.load(x + row * 2 * n + i, mask=i < n, other=0.0).to(tl.float32)  # (BLOCK,)
     value = tl.load(x + row * 2 * n + n + i, mask=i < n, other=0.0).to(tl.float32)  # (BLOCK,)
     tl.store(y + row * n + i, (gate / (1 + tl.exp2(-gate * LOG2E)) * value).to(y.dtype.element_ty), mask=i < n)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launch timing
+#
+# From Hopper on, a kernel can be launched before the one ahead of it has ended (programmatic dependent launch). score, select
+# and combine are: each loads what no running kernel writes, t and tables that the step before left, and then waits. That hides
+# the launches and the first reads: TIMING_GAIN. write is launched normally, for what stands before it
+# is PyTorch's. So is attend: it fills the multiprocessors evenly only if it finds them all empty, so select lets nobody in.
+
+EARLY = tl.constexpr(
+    os.environ.get("TRITON_INTERPRET") != "1"
+    and torch.version.cuda is not None
+    and torch.cuda.is_available()
+    and torch.cuda.get_device_capability() >= (9, 0)
+)
+LAUNCH_EARLY = {"launch_pdl": True} if EARLY.value else {}
+
+
+@triton.jit
+def let_the_next_kernel_in():
+    """Allows the next kernel to start. To be called only where all older kernels have ended: after the wait, or first thing in
+    a kernel that is launched normally."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_the_kernel_before():
+    """Returns when all older kernels have ended. Before it nothing is stored, and nothing read that the kernel ahead writes."""
+    if EARLY:
+        gdc_wait()

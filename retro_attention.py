@@ -15,10 +15,19 @@ new token and W-1 past ones, and in each layer does this:
 The functions of the same names below are these steps; `RetroAttention` calls them in this order. `kernels.py` holds a Triton
 twin of each, with the same signature. W=1 is Quest. A layer that stays dense does 1, 4 over all pages, and 5 without a cache.
 
+The past rows start each step from their token ids again. The residual stream is stored nowhere, and a correction in one layer
+changes a row's input to every layer above: only a new pass through all of them revises the row's keys and values there.
+
+`last_loaded` is the paper's exposure mask A, stored as a time: for each KV head and page, the position t of the step that last
+loaded the page. It answers which rows have seen a page. The row at position p took part in every step from p on, and saw each
+page that those steps loaded. So at step t it has seen a page exactly if some load lies in p .. t-1, that is, if the latest load
+does: the page is new to the row exactly if last_loaded < p. One number per page serves all rows. This needs t to rise by
+exactly one from step to step.
+
 Shapes: B batch, W window rows (newest last), P pages, ps page size, S selected pages, n_head query heads, n_kv_head KV heads,
 G = n_head / n_kv_head, hs head size. `t` is the position of the newest row, a 0-dim int64 tensor on the cache's device (an
-int in `store`, `pages_selected` and `Step`); row w stands at position t-W+1+w. Rows before the start of the text (negative
-positions) write nothing and see nothing, and their output is zero.
+int in `store`, the methods of `RetroConfig`, and `Step`); row w stands at position p = t-W+1+w; j is the position of a key.
+Rows before the start of the text (negative positions) write nothing and see nothing, and their output is zero.
 """
 
 import functools
@@ -33,11 +42,17 @@ import torch
 import torch.nn.functional as F
 
 
+def need(condition, message: str) -> None:
+    """For what a user can get wrong: ValueError with `message`, which names the value and what is allowed."""
+    if not condition:
+        raise ValueError(message)
+
+
 @dataclass(frozen=True)
 class RetroConfig:
     """What RetroAttention may read, and how far back it corrects. ValueError names a value that is out of range."""
 
-    page_size: int = 16  # tokens a page; a power of two
+    page_size: int = 16  # tokens per page; a power of two
     budget: float = 0.15  # share of the pages held that a step loads, in (0, 1]; the window's older pages come on top
     min_tokens: int = 256  # ... but no fewer than this many tokens' worth
     window: int = 2  # rows a step carries, the new one included: the paper's w; 1 is Quest
@@ -46,15 +61,12 @@ class RetroConfig:
 
     def __post_init__(self):
         for name, least in (("page_size", 1), ("min_tokens", 1), ("window", 1), ("dense_layers", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, not {value!r}")
-        if self.page_size & (self.page_size - 1):
-            raise ValueError(f"page_size must be a power of two, not {self.page_size}")
-        if not isinstance(self.budget, (int, float)) or isinstance(self.budget, bool) or not 0 < self.budget <= 1:
-            raise ValueError(f"budget must be in (0, 1], not {self.budget!r}")
-        if self.impl not in ("auto", "torch", "triton"):
-            raise ValueError(f"impl must be auto, torch or triton, not {self.impl!r}")
+            x = getattr(self, name)
+            need(isinstance(x, int) and x >= least, f"{name} must be an integer >= {least}, not {x!r}")
+        need(self.page_size & (self.page_size - 1) == 0, f"page_size must be a power of two, not {self.page_size}")
+        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
+        need(number and 0 < self.budget <= 1, f"budget must be in (0, 1], not {self.budget!r}")
+        need(self.impl in ("auto", "torch", "triton"), f"impl must be auto, torch or triton, not {self.impl!r}")
 
     @functools.cached_property
     def budget_ratio(self) -> tuple[int, int]:
@@ -65,14 +77,23 @@ class RetroConfig:
         ratio = Fraction(str(self.budget)).limit_denominator(1_000_000)
         return ratio.numerator, ratio.denominator
 
+    @property
+    def min_pages(self) -> int:
+        """Pages that hold min_tokens."""
+        return -(-self.min_tokens // self.page_size)  # -(-a // b) is a / b rounded up
+
+    def first_window_page(self, t: int) -> int:
+        """The first page that the window t-W+1 .. t touches. From there on every page is always loaded: its keys are being
+        rewritten, and which pages a past row meets must not depend on a later token's key."""
+        return max(0, t - self.window + 1) // self.page_size
+
     def pages_selected(self, t: int) -> int:
         """Pages that a KV head loads at position t: the budget or the floor, whichever is more, and on top the window's older
         pages, so that they take no page's place; but never more than are held."""
         held = t // self.page_size + 1
         share, whole = self.budget_ratio
-        floor = -(-self.min_tokens // self.page_size)  # -(-a // b) is a / b rounded up
-        older = t // self.page_size - max(0, t - self.window + 1) // self.page_size  # of the window's pages
-        return min(held, max(floor, -(-share * held // whole)) + older)
+        older = t // self.page_size - self.first_window_page(t)  # of the window's pages
+        return min(held, max(self.min_pages, -(-share * held // whole)) + older)
 
     @functools.cache  # noqa: B019 (it keeps a few numbers alive)
     def most_pages_selected(self, P: int) -> int:
@@ -95,7 +116,7 @@ class LayerCache:
     v: torch.Tensor  # (B, n_kv_head, P, ps, hs)
     k_min: torch.Tensor | None  # (B, n_kv_head, P, hs) element-wise minimum of a page's keys
     k_max: torch.Tensor | None  # (B, n_kv_head, P, hs)
-    last_loaded: torch.Tensor | None  # (B, n_kv_head, P) int32: the step that last loaded a page, -1: none; exposure mask A
+    last_loaded: torch.Tensor | None  # (B, n_kv_head, P) int32: exposure mask A; -1: never loaded
     # The output cache, in the dtype that `accumulator` names: the row of position p has slot p % W.
     out: torch.Tensor | None  # (B, W, n_head, hs) outputs of the window's rows
     lse: torch.Tensor | None  # (B, W, n_head) natural-log sum of exp over the keys that a row has seen, -inf for none
@@ -163,12 +184,13 @@ def store(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> None:
     cache.k.flatten(2, 3)[:, :, first : t + 1] = k.transpose(1, 2)
     cache.v.flatten(2, 3)[:, :, first : t + 1] = v.transpose(1, 2)
     if cache.k_min is not None:
-        # Over all keys of the page again: running bounds could only widen, also when the key that set them is overwritten.
+        # Over all keys of the page again. A running minimum would stay a bound, but no longer a tight one: it cannot rise when
+        # the key that set it is overwritten.
         touched = slice(first // ps, t // ps + 1)
         keys = cache.k[:, :, touched]  # (B, n_kv_head, pages, ps, hs)
-        beyond = torch.arange(touched.start * ps, touched.stop * ps, device=k.device).view(-1, ps, 1) > t
-        cache.k_min[:, :, touched] = keys.masked_fill(beyond, torch.inf).amin(dim=3)
-        cache.k_max[:, :, touched] = keys.masked_fill(beyond, -torch.inf).amax(dim=3)
+        j = torch.arange(touched.start * ps, touched.stop * ps, device=k.device).view(-1, ps, 1)
+        cache.k_min[:, :, touched] = keys.masked_fill(j > t, torch.inf).amin(dim=3)
+        cache.k_max[:, :, touched] = keys.masked_fill(j > t, -torch.inf).amax(dim=3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,7 +201,7 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     """Quest's bound sum_i max(q_i * k_min_i, q_i * k_max_i) of the newest row, summed over the query heads of a KV head.
 
     A head's own bound is never below its largest q.k in the page; the sum only ranks the pages. A positive q_i picks k_max_i
-    and a negative one k_min_i, so the sum over the group moves inside: two dot products a page. q (B, W, n_head, hs), rotated
+    and a negative one k_min_i, so the sum over the group moves inside: two dot products per page. q (B, W, n_head, hs), rotated
     -> (B, n_kv_head, pages held) float.
     """
     held, acc = int(t) // cache.k.shape[3] + 1, accumulator(q.dtype)
@@ -193,39 +215,44 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
 # 3. select
 
 
-def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pages that this step loads, ascending, and the step that last loaded each before: two of (B, n_kv_head, S) int32.
+def always_loaded(scores: torch.Tensor, config: RetroConfig, t: torch.Tensor) -> torch.Tensor:
+    """A copy of scores (B, n_kv_head, pages held) in which the pages that are always loaded come first: they score infinity."""
+    scores = scores.clone()
+    scores[..., config.first_window_page(int(t)) :] = torch.inf
+    return scores
 
-    The window's own pages are always among them: their keys are being rewritten, and which other pages a past row meets shall
-    not depend on a later token's key. Ties go to the lower page. Then the exposure mask says t for the selected pages. `scores`
-    (B, n_kv_head, pages held) must be finite; those of the window are overwritten.
+
+def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pages that this step loads, ascending, and when each was last loaded before: two of (B, n_kv_head, S) int32.
+
+    `scores` (B, n_kv_head, pages held) must be finite. Ties go to the lower page. Then cache.last_loaded says t for the pages
+    selected.
     """
-    W, ps = cache.config.window, cache.config.page_size
-    S = cache.config.pages_selected(int(t))
-    scores[..., max(0, int(t) - W + 1) // ps :] = torch.inf
+    config, S = cache.config, cache.config.pages_selected(int(t))
     # sort and not topk, which may return any of several equal pages
-    pages = scores.sort(dim=-1, descending=True, stable=True).indices[..., :S].sort(dim=-1).values  # (B, n_kv_head, S)
-    stamps = cache.last_loaded.gather(2, pages)  # (B, n_kv_head, S)
+    ranked = always_loaded(scores, config, t).sort(dim=-1, descending=True, stable=True).indices  # (B, n_kv_head, pages held)
+    pages = ranked[..., :S].sort(dim=-1).values  # (B, n_kv_head, S)
+    last_loaded = cache.last_loaded.gather(2, pages)  # (B, n_kv_head, S)
     cache.last_loaded.scatter_(2, pages, int(t))
 
-    # For the record; `attend` applies the same rule to the keys. A past row sees a page for the first time if the page is not
-    # newer than the row, and was not loaded since the row's own step.
-    past = row_positions(t, W)[:-1, None]  # (W-1, 1)
-    new = (pages[..., None, :] * ps <= past) & (stamps[..., None, :] < past)  # (B, n_kv_head, W-1, S)
+    # For the report of effective exposure; `attend` applies the same rule to the keys. A past row sees a page for the first
+    # time if the page does not begin after the row, and was not loaded since the row's own step.
+    past = row_positions(t, config.window)[:-1, None]  # (W-1, 1)
+    new = (pages[..., None, :] * config.page_size <= past) & (last_loaded[..., None, :] < past)  # (B, n_kv_head, W-1, S)
     cache.totals[..., 0] += S
     cache.totals[..., 1] += new.sum((2, 3))
-    return pages.int(), stamps
+    return pages.int(), last_loaded
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. attend
 
 
-def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tensor | None, t: torch.Tensor):
-    """Softmax attention of all rows over the pages loaded: row at position p sees a key at position j if
+def attend(q, cache: LayerCache, pages: torch.Tensor | None, last_loaded: torch.Tensor | None, t: torch.Tensor):
+    """Softmax attention of all rows over the pages loaded: the row at position p sees the key at position j if
 
-        j <= p                  it is causal, also inside a page that a past row meets for the first time
-        stamp of the page < p   the row has not seen it: neither loaded at the row's own step nor at one since
+        j <= p             it is causal, also inside a page that a past row meets for the first time
+        last_loaded < p    the row has not seen the page: neither at its own step nor at one since (proof at the top)
 
     For the newest row, p = t, the second holds for every page: original output and supplementary outputs are one rule.
     Without `pages` all pages held are loaded and new to every row (a dense layer, and the end of the prompt).
@@ -238,20 +265,20 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, stamps: torch.Tenso
     if pages is None:
         held = int(t) // ps + 1
         pages = torch.arange(held, device=q.device).expand(B, n_kv_head, held)
-        stamps = torch.full_like(pages, -1)
+        last_loaded = torch.full_like(pages, -1)
         k, v = cache.k[:, :, :held], cache.v[:, :, :held]
     else:
         b = torch.arange(B, device=q.device)[:, None, None]
         h = torch.arange(n_kv_head, device=q.device)[:, None]
         k, v = cache.k[b, h, pages], cache.v[b, h, pages]  # (B, n_kv_head, S, ps, hs)
-    keys = pages[..., None] * ps + torch.arange(ps, device=q.device)  # (B, n_kv_head, S, ps) positions
-    rows = row_positions(t, W)[:, None, None]  # (W, 1, 1)
-    visible = (keys[:, :, None] <= rows) & (stamps[:, :, None, :, None] < rows)  # (B, n_kv_head, W, S, ps)
+    j = pages[..., None] * ps + torch.arange(ps, device=q.device)  # (B, n_kv_head, S, ps)
+    p = row_positions(t, W)[:, None, None]  # (W, 1, 1)
+    visible = (j[:, :, None] <= p) & (last_loaded[:, :, None, :, None] < p)  # (B, n_kv_head, W, S, ps)
     visible = visible.flatten(3)[..., None, :]  # (B, n_kv_head, W, 1, S * ps)
 
     k = k.flatten(2, 3).to(acc)  # (B, n_kv_head, S * ps, hs)
     # What lies after position t was never written and may be NaN, which a weight of zero would not remove.
-    v = v.masked_fill((keys > t)[..., None], 0).flatten(2, 3).to(acc)
+    v = v.masked_fill((j > t)[..., None], 0).flatten(2, 3).to(acc)
     # The W * G rows that share a KV head, one below the other.
     q = q.to(acc).unflatten(2, (n_kv_head, -1)).transpose(1, 2).flatten(2, 3)  # (B, n_kv_head, W * G, hs)
     s = (q @ k.mT * hs**-0.5).unflatten(2, (W, -1)).masked_fill(~visible, -torch.inf)  # (B, n_kv_head, W, G, S * ps)
@@ -315,8 +342,7 @@ def implementation(impl: str, device: torch.device, dtype: torch.dtype, head_siz
         reason = f"window * n_head / n_kv_head must be at most 128, not {query_rows}: more rows do not fit the registers"
     if impl == "torch" or (impl == "auto" and (device.type != "cuda" or reason)):
         return sys.modules[__name__]
-    if reason:
-        raise ValueError(f"impl triton: {reason}")
+    need(reason is None, f"impl triton: {reason}")
     import kernels
 
     return kernels
@@ -326,18 +352,9 @@ class RetroAttention:
     """One layer's cache and its attention: `prefill` starts a text, each `decode` adds a position; the caller counts them."""
 
     def __init__(
-        self,
-        config: RetroConfig,
-        *,
-        dense: bool,
-        batch_size: int,
-        n_head: int,
-        n_kv_head: int,
-        head_size: int,
-        max_seq_len: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ):
+        self, config: RetroConfig, *, dense: bool, batch_size: int, n_head: int, n_kv_head: int, head_size: int,
+        max_seq_len: int, device: torch.device | str, dtype: torch.dtype,
+    ):  # fmt: skip
         self.dense = dense
         query_rows = config.window * n_head // n_kv_head
         self.ops = implementation(config.impl, torch.device(device), dtype, head_size, query_rows)
@@ -370,22 +387,22 @@ class RetroAttention:
         """One step of all W rows: q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated, the newest row at
         position t, inside the cache; cos and sin (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs)."""
         cache, ops = self.cache, self.ops
-        pages = stamps = None
+        pages = last_loaded = None
         watched = self.hook is not None and not self.dense
         before = past_rows(cache, t) if watched else None
         q = ops.write(q, k, v, cos, sin, cache, t)
         if not self.dense:
-            pages, stamps = ops.select(ops.score(q, cache, t), cache, t)
-        o, lse = ops.attend(q, cache, pages, stamps, t)
+            pages, last_loaded = ops.select(ops.score(q, cache, t), cache, t)
+        o, lse = ops.attend(q, cache, pages, last_loaded, t)
         o = ops.combine(o, lse, cache, t)
         if watched:
-            S = cache.config.pages_selected(int(t))  # the kernels' `pages` has unused places at its end
-            self.hook(Step(int(t), pages[..., :S], stamps[..., :S], before, past_rows(cache, t)))
+            S = cache.config.pages_selected(int(t))  # the kernels' lists have unused places at their end
+            self.hook(Step(int(t), pages[..., :S], last_loaded[..., :S], before, past_rows(cache, t)))
         return o
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Beside attention: what a decode step computes between the layers' products
+# Beside attention: what a layer computes between its products
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -400,7 +417,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a step changed, for whoever wants to look
+# For tracing: what a step changed
 
 
 @dataclass
@@ -419,7 +436,7 @@ class Step:
 
     t: int  # position of the newest row; those of the past rows are t-R .. t-1
     pages: torch.Tensor  # (B, n_kv_head, S) int32: the pages loaded, ascending
-    stamps: torch.Tensor  # (B, n_kv_head, S) int32: the step at which each was loaded before
+    last_loaded: torch.Tensor  # (B, n_kv_head, S) int32: the step that loaded each before, as `select` found it
     before: PastRows  # as the step before left them
     after: PastRows  # K and V overwritten, supplementary outputs merged in
 

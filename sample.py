@@ -174,7 +174,7 @@ def trace_target(value: str, config: LlamaConfig, retro: RetroConfig) -> tuple[i
 def mark_pages(step: Step, head: int, row: int, page_size: int) -> list[str]:
     """A character for each page held: what this step's load of it means to the row at position `row` of the first text."""
     marks = [" " if first > row else "." for first in range(0, step.t + 1, page_size)]
-    for page, stamp in zip(step.pages[0, head].tolist(), step.stamps[0, head].tolist(), strict=True):
+    for page, stamp in zip(step.pages[0, head].tolist(), step.last_loaded[0, head].tolist(), strict=True):
         if marks[page] == ".":
             marks[page] = "#" if row == step.t else "+" if stamp < row else "-"
     return marks
@@ -192,8 +192,8 @@ def revisions(step: Step, page_size: int) -> torch.Tensor:
         old, new = old.cpu().double(), new.cpu().double()
         return (new - old).norm(dim=-1) / old.norm(dim=-1)
 
-    pages, stamps, rows = step.pages[0, :, None].cpu(), step.stamps[0, :, None].cpu(), torch.arange(step.t - R, step.t)[:, None]
-    new = ((pages * page_size <= rows) & (stamps < rows)).sum(dim=-1)  # (n_kv_head, R)
+    pages, last_loaded, rows = step.pages[0, :, None].cpu(), step.last_loaded[0, :, None].cpu(), torch.arange(step.t - R, step.t)[:, None]
+    new = ((pages * page_size <= rows) & (last_loaded < rows)).sum(dim=-1)  # (n_kv_head, R)
     # exp(lse_before) of exp(lse_after) was there before. A row only gains keys: below 0 there is but rounding.
     before, after = (by_head(past.lse[0].cpu().double()) for past in (step.before, step.after))  # (n_kv_head, R, G)
     mass = (1 - (before - after).exp()).clamp(min=0).mean(dim=-1)

@@ -39,7 +39,7 @@ import bench
 import retro_attention
 import sample
 import tiny.train
-from model import Decoder, Llama, LlamaConfig, Tokenizer, rope_table, sample_token
+from model import Decoder, Llama, LlamaConfig, Tokenizer, config_from_params, rope_table, sample_token
 from retro_attention import RetroAttention, RetroConfig, apply_rope, attend, implementation, merge, score, store
 
 if importlib.util.find_spec("triton"):
@@ -127,7 +127,7 @@ def oracle_attend(q, s, rows, retro, dense):
 
 def oracle(model, retro, tokens, prompt_len):
     """Teacher-forced decoding of (B, T) tokens: logits after positions prompt_len-1 .. T-1, and each layer's state."""
-    c, w, tokens = model.config, {n: p.double().numpy() for n, p in model.state_dict().items()}, tokens.numpy()
+    c, w, tokens = model.config, {n: p.double().numpy() for n, p in model.weights().items()}, tokens.numpy()
     (B, T), heads, hs = tokens.shape, (c.n_kv_head, c.n_head // c.n_kv_head), c.head_size
     layers = [
         SimpleNamespace(
@@ -167,9 +167,8 @@ def random_model(n_head=6, n_kv_head=2, hs=32, n_layer=3, max_seq_len=256, seed=
     for name, p in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(p, 0.5, 1.5)
-        elif name.endswith(("wq.weight", "wk.weight", "wv.weight")):
+        elif name.endswith(("wqkv.weight",)):
             p.data *= 3
-    model.set_rope()
     return model.eval().requires_grad_(False)
 
 
@@ -469,7 +468,7 @@ def test_what_was_never_written_is_never_read(W, prompt_len):
 
 
 def test_a_second_prompt_starts_afresh():
-    """Guards against outputs, stamps and counts of one text that leak into the next one of the same decoder."""
+    """Guards against outputs, last_loaded and counts of one text that leak into the next one of the same decoder."""
     model, retro, tokens = random_model(), SPARSE, random_tokens(2, 90)
     decoder, _ = start(model, retro, tokens.flip(1), 70)
     decoder.step(tokens[:, 0])
@@ -680,14 +679,14 @@ def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget=0.3):
     assert (error <= 2e-6 * sizes.sum(-1)).all(), "score"
 
     scores[:, :, held:] = torch.nan
-    wanted_pages, wanted_stamps = retro_attention.select(scores[:, :, :held].clone(), twin, position)
-    pages, stamps = kernels.select(scores, cache, position)
-    assert torch.equal(pages[:, :, :S], wanted_pages) and torch.equal(stamps[:, :, :S], wanted_stamps), "select"
+    wanted_pages, wanted_last_loaded = retro_attention.select(scores[:, :, :held].clone(), twin, position)
+    pages, last_loaded = kernels.select(scores, cache, position)
+    assert torch.equal(pages[:, :, :S], wanted_pages) and torch.equal(last_loaded[:, :, :S], wanted_last_loaded), "select"
     assert torch.equal(cache.last_loaded, twin.last_loaded) and torch.equal(cache.totals, twin.totals), "select: tables"
 
     for what, lists, wanted_lists in (
         ("attend, dense", (None, None), (None, None)),
-        ("attend", (pages, stamps), (wanted_pages, wanted_stamps)),
+        ("attend", (pages, last_loaded), (wanted_pages, wanted_last_loaded)),
     ):
         parts = kernels.attend(q, cache, *lists, position)
         o, lse = retro_attention.merge(*parts)
@@ -748,9 +747,9 @@ def test_select_kernel_ties_and_extremes(kind):
         "huge": scores * torch.tensor([1e4, 1e37])[None, :, None],
     }[kind].to(DEVICE)
     room = torch.nn.functional.pad(scores, (0, cache.k.shape[2] - held), value=torch.nan)
-    pages, stamps = retro_attention.select(scores, twin, position)
+    pages, last_loaded = retro_attention.select(scores, twin, position)
     S = config.pages_selected(t)
-    for found, wanted in zip(kernels.select(room, cache, position), (pages, stamps), strict=True):
+    for found, wanted in zip(kernels.select(room, cache, position), (pages, last_loaded), strict=True):
         assert torch.equal(found[:, :, :S], wanted)
     if kind == "equal":  # 6 of 13 pages: the window's own, and the lowest of the others
         assert pages.tolist() == [[[0, 1, 2, 3, 4, 12]] * 2]
@@ -790,12 +789,12 @@ def test_attend_kernel_empty_supplements_and_extreme_scores(dtype):
     position = torch.tensor(t, device=DEVICE)
     pages = torch.arange(t // 8 + 1, dtype=torch.int32, device=DEVICE).view(1, 1, -1)
     q = torch.randn(1, 4, 2, 32, generator=gen).to(DEVICE, dtype) * 1e3  # scores of up to about 1e4
-    for stamps in (torch.full_like(pages, t - 1), torch.full_like(pages, -1)):
-        o, lse = retro_attention.merge(*kernels.attend(q, cache, pages, stamps, position))
-        wanted_o, wanted_lse = retro_attention.attend(q, cache, pages, stamps, position)
+    for last_loaded in (torch.full_like(pages, t - 1), torch.full_like(pages, -1)):
+        o, lse = retro_attention.merge(*kernels.attend(q, cache, pages, last_loaded, position))
+        wanted_o, wanted_lse = retro_attention.attend(q, cache, pages, last_loaded, position)
         assert_close(o, wanted_o[0], dtype, "o")
         assert_close(lse, wanted_lse[0], dtype, "lse")
-        assert (lse[:, :-1] == -torch.inf).all() == (stamps == t - 1).all() and lse[:, -1].isfinite().all()
+        assert (lse[:, :-1] == -torch.inf).all() == (last_loaded == t - 1).all() and lse[:, -1].isfinite().all()
 
 
 @needs_triton
@@ -881,9 +880,9 @@ def test_rope(scaling, theta):
     """Neighbouring pairs turn like complex numbers; Llama 3.1's scaling in its published form of three cases."""
     config, rows = LlamaConfig(384, 1, 3, 3, 8, 8, 5000, rope_theta=theta, rope_scaling=scaling), [0, 1, 17, 4098, 4999]
     x = torch.randn(2, 5, 3, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    cos, sin = rope_table(config, "cpu", torch.float64)
+    cos, sin = rope_table(config, config.max_seq_len, "cpu", torch.float64)
     close(apply_rope(x, cos[rows], sin[rows]), rotate(x.numpy(), rows, config), 1e-10)
-    cos, sin = rope_table(config, "cpu", torch.bfloat16)  # whose 8 bits could not tell position 4098 from 4099
+    cos, sin = rope_table(config, config.max_seq_len, "cpu", torch.bfloat16)  # whose 8 bits could not tell position 4098 from 4099
     assert cos.dtype == torch.float32 and apply_rope(x.bfloat16(), cos[rows], sin[rows]).dtype == torch.bfloat16
 
 
@@ -922,7 +921,7 @@ def test_decoding_follows_the_weights():
         assert_decodes_its_own_forward(model, tokens)
         model.layers[2].feed_forward.w3.weight.mul_(-2)
         assert_decodes_its_own_forward(model, tokens)
-        model.double().set_rope()
+        model.double()
         assert_decodes_its_own_forward(model, tokens)
         biased = random_model(qkv_bias=True).float()
         biased.generate(tokens, 2, retro=SPARSE)
@@ -1063,7 +1062,7 @@ def write_checkpoint(folder, params=(), weights=(), without=()):
     """A small checkpoint in Meta's format, with some of its contents replaced; returns its model."""
     model = random_model(hs=8, n_layer=2, ffn_dim=128)
     shape = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, vocab_size=61, multiple_of=128, max_seq_len=256, rope_theta=1e3)
-    contents = {**model.state_dict(), **dict(weights)}
+    contents = {**model.weights(), **dict(weights)}
     torch.save({name: w for name, w in contents.items() if name not in without}, folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps({**shape, **dict(params)}))
     return model
@@ -1085,17 +1084,17 @@ def test_checkpoint_round_trip(tmp_path):
 def test_params_of_a_published_model():
     """Llama 3.1 8B's params.json means 14,336 inside SwiGLU and scaled RoPE over 131,072 tokens; Llama 3's means 8,192."""
     params = dict(dim=4096, n_layers=32, n_heads=32, vocab_size=128_256, ffn_dim_multiplier=1.3, multiple_of=1024)
-    config = LlamaConfig.from_params({**params, "n_kv_heads": 8, "use_scaled_rope": True})
+    config = config_from_params({**params, "n_kv_heads": 8, "use_scaled_rope": True})
     assert (config.ffn_dim, config.rope_scaling, config.max_seq_len, config.n_kv_head) == (14_336, 8.0, 131_072, 8)
-    config = LlamaConfig.from_params(params)
+    config = config_from_params(params)
     assert (config.rope_scaling, config.max_seq_len, config.n_kv_head) == (None, 8_192, 32)
     small = {**params, "dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256, "use_scaled_rope": True}  # Llama 3.2 1B
-    assert [getattr(LlamaConfig.from_params(small), name) for name in ("ffn_dim", "rope_scaling")] == [8192, 32.0]
-    assert LlamaConfig.from_params({**small, "rope_scaling_factor": 16}).rope_scaling == 16
+    assert [getattr(config_from_params(small), name) for name in ("ffn_dim", "rope_scaling")] == [8192, 32.0]
+    assert config_from_params({**small, "rope_scaling_factor": 16}).rope_scaling == 16
     with pytest.raises(ValueError, match="rope_scaling must be a number > 0, not 0"):
-        LlamaConfig.from_params({**small, "rope_scaling_factor": 0})
+        config_from_params({**small, "rope_scaling_factor": 0})
     with pytest.raises(ValueError, match="ffn_dim_multiplier must be a number > 0, not inf"):
-        LlamaConfig.from_params({**params, "ffn_dim_multiplier": math.inf})
+        config_from_params({**params, "ffn_dim_multiplier": math.inf})
 
 
 @pytest.mark.parametrize("change, message", [
@@ -1370,7 +1369,7 @@ def neighbour(name, retro, prompt_len=45, T=110):
     q, k, v = random_qkv(T=T)
     config = random_model().config
     layer = bench.LAYERS[name](new_layer(retro, q, k).cache)
-    cos, sin = rope_table(config, "cpu", torch.float64)
+    cos, sin = rope_table(config, config.max_seq_len, "cpu", torch.float64)
     layer.cache.k.fill_(math.nan), layer.cache.v.fill_(math.nan)
     rotated = [apply_rope(x[:, :prompt_len], cos[:prompt_len], sin[:prompt_len]) for x in (q, k)]
     layer.prefill(*rotated, v[:, :prompt_len])
@@ -2148,19 +2147,19 @@ def test_pictures_of_a_long_context_fit_the_screen(capsys):
     decoder = SimpleNamespace(layers=layers, retro=RetroConfig(window=8), tokens=torch.full((1, t + 1), longest))
     trace = sample.Trace(decoder, tok, t, 9, layer=30, head=1)
     pages = torch.stack([torch.randperm(8192, generator=generator)[:50].sort().values for _ in "ab"])[None]  # (1, 2, 50)
-    stamps = torch.randint(t - 9, t, (1, 2, 50), generator=generator)
+    last_loaded = torch.randint(t - 9, t, (1, 2, 50), generator=generator)
     kv, out, lse = torch.randn(1, 2, R, 32), torch.randn(1, R, 6, 32), torch.zeros(1, R, 6)
     before, after = (retro_attention.PastRows(kv, kv, out, lse + i) for i in range(2))
     overwritten = retro_attention.PastRows(kv * (1 + torch.arange(7) / 100)[:, None], kv * 0.75, out, lse)
     for i in range(3, 32):
-        layers[i].hook(retro_attention.Step(t, pages, stamps, before, overwritten if i == 31 else after))
+        layers[i].hook(retro_attention.Step(t, pages, last_loaded, before, overwritten if i == 31 else after))
     lines = [*trace.legend(), *capsys.readouterr().err.split("\n"), *trace.summary()]
     assert max(map(len, lines)) <= 100
     rows = [re.fullmatch(r"(t\S*) +'.{9} \|(.{44})\|(.*)", line) for line in lines if re.match(r"t(-\d)? +'", line)]
     assert [row[1] for row in rows] == ["t", *(f"t-{i}" for i in range(1, 8))]
     for back, row in enumerate(rows):
         marks = ["."] * 44  # 187 pages a character
-        new = [page for page, stamp in zip(pages[0, 1].tolist(), stamps[0, 1].tolist(), strict=True) if stamp < t - back]
+        new = [page for page, stamp in zip(pages[0, 1].tolist(), last_loaded[0, 1].tolist(), strict=True) if stamp < t - back]
         for page in pages[0, 1].tolist():
             mark = "#" if back == 0 else "+" if page in new else "-"
             marks[page // 187] = max(marks[page // 187], mark, key=".-+#".index)

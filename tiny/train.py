@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import BYTE_OF, Llama, LlamaConfig, Tokenizer  # noqa: E402
+from model import Llama, Tokenizer, config_from_params  # noqa: E402
 
 NAMES = (
     "Ada Adam Agnes Alan Albert Alfred Alice Alma Amos Amy Andrew Anna Anne Anton Arthur Ashley Barbara Basil Beatrice Ben "
@@ -152,6 +152,13 @@ class Windows(torch.utils.data.IterableDataset):
 # The three commands
 
 
+def byte_table() -> dict[str, int]:
+    """How byte-level BPE writes bytes as characters: printable ones as themselves, the others from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
 def train_tokenizer(args):
     import tokenizers
     from tokenizers import Regex, models, pre_tokenizers, trainers
@@ -168,8 +175,9 @@ def train_tokenizer(args):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=args.vocab_size - 256, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(read_books(args.data / "train.txt.xz") + tasks, trainer)
+    byte_of = byte_table()
     by_rank = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    lines = [base64.b64encode(bytes(BYTE_OF[c] for c in token)) + b" %d\n" % rank for token, rank in by_rank]
+    lines = [base64.b64encode(bytes(byte_of[c] for c in token)) + b" %d\n" % rank for token, rank in by_rank]
     (args.out / "tokenizer.model").write_bytes(b"".join(lines))
     print(f"{len(lines)} tokens -> {args.out / 'tokenizer.model'}")
 
@@ -217,11 +225,12 @@ def train(args):
     tok = Tokenizer.from_checkpoint(args.out)
     params = params_of(args, tok.vocab_size)
     torch.manual_seed(args.seed)
-    model = Llama(LlamaConfig.from_params(params, tie_embeddings=True)).to(device)
-    model.set_rope()
+    model = Llama(config_from_params(params, tie_embeddings=True)).to(device)
     initialise(model)
     if args.start is not None:
-        model.load_state_dict(torch.load(args.start / "consolidated.00.pth", map_location=device, weights_only=True))
+        started = torch.load(args.start / "consolidated.00.pth", map_location=device, weights_only=True)
+        for name, w in model.weights().items():
+            w.copy_(started[name])
     opts, step = optimizers(model, args), 0
     if args.state.exists():
         state = torch.load(args.state, map_location=device, weights_only=True)
@@ -235,7 +244,7 @@ def train(args):
     batches = torch.utils.data.DataLoader(windows, args.batch, num_workers=args.workers, pin_memory=device == "cuda")
     step = run(model, opts, iter(batches), step, device, args)
     torch.save({"model": model.state_dict(), "opts": [opt.state_dict() for opt in opts], "step": step}, args.state)
-    weights = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
+    weights = {name: w.to("cpu", torch.bfloat16) for name, w in model.weights().items()}
     torch.save(weights, args.out / "consolidated.00.pth")
     (args.out / "params.json").write_text(json.dumps(params) + "\n")
 
