@@ -95,6 +95,15 @@ class RetroConfig:
         older = t // self.page_size - self.first_window_page(t)  # of the window's pages
         return min(held, max(self.min_pages, -(-share * held // whole)) + older)
 
+    def kv_tokens(self, t: int) -> tuple[int, int, int]:
+        """What a layer holds after position t, what a sparse step at t loads of it, and what its choice of pages reads.
+
+        In tokens per KV head, a key and a value each; a page's bounds are as large as one token. A dense layer keeps and reads
+        `held`; a sparse layer keeps held + bounds and reads loaded + bounds.
+        """
+        pages = t // self.page_size + 1
+        return pages * self.page_size, self.pages_selected(t) * self.page_size, pages
+
     @functools.cache  # noqa: B019 (it keeps a few numbers alive)
     def most_pages_selected(self, P: int) -> int:
         """Pages that a KV head loads at most, at any position of a cache of P pages."""
