@@ -1,10 +1,10 @@
-"""Every number of the README: python bench.py quality --text book.txt
+"""Every number of the documentation: python bench.py quality --text book.txt
 
     quality     what sparse decoding costs in fidelity and accuracy: full attention, Quest, RetroAttention, and five neighbours
     exposure    do neighbouring queries want the same pages, and how many pages does a query meet in the end (paper, figure 2)
     longgen     many questions in one prompt, all answers in one generation, as LongGenBench has it; for a real checkpoint
-    kernels     each kernel of a step, one layer: microseconds, and the share of what memory could do; dense attention beside it
-    decode      whole steps of a model with random weights: full attention, Quest, RetroAttention; with --long, one long run
+    kernels     each kernel of a step, one layer: microseconds, and the share of what memory could do; beside it dense attention
+    decode      whole steps of a model with random weights: full attention, Quest, RetroAttention
     picture     two panels out of the JSON of `quality` and `exposure`
 
 Tables go to stdout, and as its last line all numbers as one line of JSON, with versions, device and arguments. Progress goes
@@ -19,7 +19,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import platform
 import random
 import re
@@ -27,22 +26,34 @@ import statistics
 import sys
 import time
 import timeit
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 import retro_attention
+import tiny.train
 from model import Decoder, Llama, LlamaConfig, Tokenizer
-from retro_attention import LayerCache, RetroConfig, accumulator, apply_rope, attend, combine, score, select, store, write
-from sample import DTYPES, Parser, choose_device, load, out_of_memory
-from tiny.train import NAMES, TASKS
+from retro_attention import (
+    LayerCache,
+    RetroConfig,
+    always_loaded,
+    apply_rope,
+    attend,
+    combine,
+    need,
+    score,
+    select,
+    store,
+    write,
+)
+from sample import Parser, add_method_options, choose_device, exit_code, exposure_of, load, read_text, retro_config
 
+TASKS = {name: tiny.train.TASKS[name] for name in ("ledger", "chain")}
 START = time.time()
 
 
@@ -98,7 +109,7 @@ class Neighbour:
 
     def allowed(self, t: int) -> int:
         """Tokens that may be read at position t."""
-        return self.cache.config.pages_selected(t) * self.cache.config.page_size
+        return self.cache.config.kv_tokens(t)[1]
 
     def tokens(self, t: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of positions 0 .. t, (B, n_kv_head, t+1, hs) each."""
@@ -109,7 +120,7 @@ class Neighbour:
 
         `visible` is bool and broadcasts to (B, n_kv_head, T).
         """
-        acc = accumulator(q.dtype)
+        acc = retro_attention.accumulator(q.dtype)
         rows = q[:, 0].unflatten(1, (k.shape[1], -1)).to(acc)  # (B, n_kv_head, G, hs)
         s = rows @ k.to(acc).mT * q.shape[-1] ** -0.5  # (B, n_kv_head, G, T)
         if visible is not None:
@@ -178,14 +189,14 @@ class RefreshKV(Neighbour):
 class SelectionReuse(Neighbour):
     """Quest that chooses pages at every second step only; the step in between reads the pages of the one before.
 
-    It is the scores that stay: where a page has begun since then, the page with the lowest of them makes room.
+    The scores are kept: if a page has begun since then, the page with the lowest score makes room for it.
     """
 
     def decode(self, q, k, v, cos, sin, t):
-        q = write(q, k, v, cos, sin, self.cache, t)
+        q, config = write(q, k, v, cos, sin, self.cache, t), self.cache.config
         if (int(t) - self.prompt_len) % 2 == 0:
-            self.scores = score(q, self.cache, t)  # (B, n_kv_head, pages held); `select` sets the newest page's to infinity
-        held = int(t) // self.cache.config.page_size + 1
+            self.scores = always_loaded(score(q, self.cache, t), config, t)  # (B, n_kv_head, pages held)
+        held = int(t) // config.page_size + 1
         self.scores = pad(self.scores, (0, held - self.scores.shape[2]))  # a page begun since
         return combine(*attend(q, self.cache, *select(self.scores, self.cache, t), t), self.cache, t)
 
@@ -230,25 +241,17 @@ def new_decoder(name: str, retro: RetroConfig | None, model: Llama, B: int, leng
 
 
 def kv_share(name: str, retro: RetroConfig | None, n_layer: int, steps: range) -> float:
-    """KV bytes read by the decode steps at these positions, all layers, as a share of full attention's.
-
-    Counted in pages a KV head. A page's bounds are two vectors, one token's worth; Quest reads them for all pages held.
-    """
+    """KV bytes read by the decode steps at these positions, all layers, as a share of full attention's."""
     if retro is None or not steps:
         return 1.0
     total = read = 0
     for step, t in enumerate(steps, 1):
-        selected, held = retro.pages_selected(t), t // retro.page_size + 1
-        bounds, dense = held / retro.page_size, held * (step % REFRESH == 0)
+        held, loaded, bounds = retro.kv_tokens(t)
+        dense = held * (step % REFRESH == 0)
+        other = {"StreamingLLM": loaded, "TOVA": loaded, "RefreshKV": dense or loaded}
+        other |= {"selection reuse": loaded + bounds * (step % 2), "ReSA": loaded + bounds + dense}
         total += held
-        if name in ("StreamingLLM", "TOVA"):
-            read += selected
-        elif name == "selection reuse":
-            read += selected + bounds * (step % 2)
-        elif name == "RefreshKV":
-            read += dense or selected
-        else:
-            read += selected + bounds + dense * (name == "ReSA")
+        read += other.get(name, loaded + bounds)
     return (read / total * (n_layer - retro.dense_layers) + retro.dense_layers) / n_layer
 
 
@@ -260,21 +263,8 @@ PARTS = 8  # of the decoded text and of an answer, to report on one by one
 
 def setup(args) -> tuple[RetroConfig, Llama, Tokenizer]:
     """What all measurements of quality need: the budget as a configuration of Quest, the model, its tokenizer."""
-    device = choose_device(args.device)
-    limits = {name: getattr(args, name) for name in ("page_size", "budget", "min_tokens", "dense_layers", "impl")}
-    retro = RetroConfig(window=1, **limits)
-    _, tok = load(args)
-    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    retro, (_, tok, device, dtype) = retro_config(args, window=1), load(args)
     return retro, Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype), tok
-
-
-def read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
@@ -283,15 +273,16 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
     Without --text, texts sampled from the checkpoint itself with full attention: always at hand, and in the model's own words.
     """
     B, T, device = args.passages, args.prefix + args.length + 1, model.norm.weight.device
-    if T > model.config.max_seq_len:
-        raise ValueError(f"prefix + length must be at most {model.config.max_seq_len - 1}, not {T - 1}: the context")
+    need(
+        T <= model.config.max_seq_len,
+        f"prefix + length must be at most {model.config.max_seq_len - 1}, not {T - 1}: the context",
+    )
     start = [tok.bos] if tok.bos is not None else tok.encode("\n")
     if args.text is None:
         progress(f"no --text: sampling {B} texts of {T} tokens from the checkpoint")
         return model.generate(torch.tensor([start] * B, device=device), T - len(start), None, temperature=1, seed=args.seed)
-    ids, n = tok.encode(read_text(args.text)), T - len(start)
-    if len(ids) < B * n:
-        raise ValueError(f"text {args.text} has {len(ids)} tokens: {B} passages of {n} need {B * n}")
+    ids, n = tok.encode(read_text(args.text, args.text)), T - len(start)
+    need(len(ids) >= B * n, f"text {args.text} has {len(ids)} tokens: {B} passages of {n} need {B * n}")
     starts = [i * len(ids) // B for i in range(B)]
     return torch.tensor([start + ids[i : i + n] for i in starts], device=device)
 
@@ -305,36 +296,21 @@ def feed(decoder: Decoder, idx: torch.Tensor, decoded: int) -> torch.Tensor:
     return logits
 
 
-def forced(decoder: Decoder, idx: torch.Tensor, prefix: int, decoded: int = 0):
+def forced(decoder: Decoder, idx: torch.Tensor, prefix: int, decoded: int = 0) -> Iterator[torch.Tensor]:
     """Feeds tokens prefix .. T-2 of idx (B, T) one by one, after the prompt. Yields, for each, the log-probabilities of the
-    next (B, vocab) and the attention outputs of the newest row, before `wo` (n_layer, B, n_head * hs)."""
+    next (B, vocab)."""
     feed(decoder, idx[:, :prefix], decoded)
-    outputs = []
-    decoder.captures = False  # the replay of a CUDA graph calls no hooks
-    hooks = [
-        layer.attention.register_forward_hook(lambda module, args, x: outputs.append(x[:, -1].float()))
-        for layer in decoder.model.layers
-    ]
-    try:
-        for i in range(prefix, idx.shape[1] - 1):
-            outputs.clear()
-            logits = decoder.step(idx[:, i])
-            # After the step's own layers, a dense pass of ReSA's may have left more.
-            yield logits.float().log_softmax(dim=-1), torch.stack(outputs[: len(hooks)])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for i in range(prefix, idx.shape[1] - 1):
+        yield decoder.step(idx[:, i]).float().log_softmax(dim=-1)
 
 
-def fidelity(steps, full: list, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Steps of a method against full attention's: KL (B, L), nats lost on the text's own tokens `targets` (B, L), and the error
-    of each layer's attention output relative to its length (n_layer), a mean over steps and passages."""
-    kl, gap, error = [], [], []
-    for (logp, out), (logp_full, out_full), target in zip(steps, full, targets.T, strict=True):
+def fidelity(steps, full: list, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps of a method against full attention's: KL (B, L), and nats lost on the text's own tokens `targets` (B, L)."""
+    kl, gap = [], []
+    for logp, logp_full, target in zip(steps, full, targets.T, strict=True):
         kl.append((logp_full.exp() * (logp_full - logp)).sum(dim=-1))  # (B,)
         gap.append((logp_full - logp).gather(1, target[:, None])[:, 0])  # (B,)
-        error.append((out - out_full).norm(dim=-1) / out_full.norm(dim=-1))  # (n_layer, B)
-    return torch.stack(kl, 1).cpu(), torch.stack(gap, 1).cpu(), torch.stack(error).mean(dim=0).mean(dim=1).cpu()
+    return torch.stack(kl, 1).cpu(), torch.stack(gap, 1).cpu()
 
 
 def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch.Tensor, list[str], int]:
@@ -345,26 +321,24 @@ def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch
         question, answer = TASKS[name](rng, args.entries)
         ids, before = tok.encode(question), []
         least = len(start) + len(ids)
-        if args.prefix < least:
-            raise ValueError(f"prefix must be at least {least} for {args.entries} entries of {name}, not {args.prefix}")
+        need(args.prefix >= least, f"prefix must be at least {least} for {args.entries} entries of {name}, not {args.prefix}")
         while len(before) < args.prefix - least:
-            before = tok.encode("".join(rng.choice(list(TASKS.values()))(rng, min(32, args.entries)))) + before
+            before = tok.encode("".join(rng.choice(list(tiny.train.TASKS.values()))(rng, min(32, args.entries)))) + before
         rows.append(start + before[len(before) - (args.prefix - least) :] + ids)
         answers.append(answer)
     steps = max(len(tok.encode(answer)) for answer in answers)
     most = model.config.max_seq_len - steps
-    if args.prefix > most:
-        raise ValueError(f"prefix must be at most {most} for answers of {steps} tokens in {name}, not {args.prefix}")
+    need(args.prefix <= most, f"prefix must be at most {most} for answers of {steps} tokens in {name}, not {args.prefix}")
     return torch.tensor(rows, device=model.norm.weight.device), answers, steps
 
 
 def lines_right(decoder, idx: torch.Tensor, decoded: int, answers: list[str], tok: Tokenizer, steps: int) -> torch.Tensor:
     """Answers idx (B, T), of which the last tokens are decoded and not prefilled, greedily and free-running: which lines are
     right, to the letter (B, lines); NaN after the last."""
-    T, right = idx.shape[1], []
-    last = greedy(decoder, feed(decoder, idx, decoded), steps - 1).argmax(dim=-1)[:, None]
-    out = torch.cat((decoder.tokens[:, T : T + steps - 1], last), dim=1)
-    for ids, answer in zip(out.tolist(), answers, strict=True):
+    out, right = [feed(decoder, idx, decoded).argmax(dim=-1)], []
+    while len(out) < steps:
+        out.append(decoder.step(out[-1]).argmax(dim=-1))
+    for ids, answer in zip(torch.stack(out, dim=1).tolist(), answers, strict=True):
         wanted, got = answer.strip("\n").split("\n"), tok.decode(ids).split("\n")
         right.append(torch.tensor([a == b for a, b in itertools.zip_longest(wanted, got[: len(wanted)])]).double())
     return torch.nn.utils.rnn.pad_sequence(right, batch_first=True, padding_value=torch.nan)
@@ -408,15 +382,11 @@ def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> d
     for name, decoder in each_method("text", args, retro, model, rows, *idx.shape):
         steps = forced(decoder, idx, args.prefix, args.decoded)
         full = full or list(steps)
-        kl[name], gap[name], error = fidelity(full if name == "full" else steps, full, idx[:, args.prefix + 1 :])
-        rows[name]["attention_error"] = error.tolist()
+        kl[name], gap[name] = fidelity(full if name == "full" else steps, full, idx[:, args.prefix + 1 :])
     source = args.text or "text sampled from the checkpoint"
     print(f"\n{args.passages} passages of {source}: {prompt_of(args)}, {args.length} measured, teacher-forced")
     compare("KL to full attention, by position after the prompt", "kl", ".5f", kl, rows)
-    ends = compare("Nats a token lost, by position after the prompt", "gap", ".4f", gap, rows)
-    errors = {name: {f"layer {i}": x for i, x in enumerate(row["attention_error"])} for name, row in rows.items()}
-    title = "Attention outputs: distance to full attention's, relative to their length"
-    table(title, errors, dict.fromkeys(errors["full"], ".3f"))
+    ends = compare("Nats lost per token, by position after the prompt", "gap", ".4f", gap, rows)
     return {"positions": ends, "rows": rows}
 
 
@@ -432,10 +402,9 @@ def task_quality(task: str, questions: tuple, args, retro: RetroConfig, model: L
 
 
 def quality(args) -> dict:
-    if args.entries > len(NAMES):
-        raise ValueError(f"entries must be at most {len(NAMES)}, not {args.entries}")
-    if args.decoded >= args.prefix:
-        raise ValueError(f"decoded must be between 0 and {args.prefix - 1}, not {args.decoded}: less than prefix")
+    """Fidelity on text and accuracy on the tasks, against full attention."""
+    need(args.entries <= len(tiny.train.NAMES), f"entries must be at most {len(tiny.train.NAMES)}, not {args.entries}")
+    need(args.decoded < args.prefix, f"decoded must be between 0 and {args.prefix - 1}, not {args.decoded}: less than prefix")
     retro, model, tok = setup(args)
     questions = {task: task_questions(task, args, model, tok) for task in args.tasks}  # names a mistake before the long work
     text = text_quality(passages(args, model, tok), args, retro, model)
@@ -455,8 +424,7 @@ class PageRanks(Neighbour):
 
     def decode(self, q, k, v, cos, sin, t):
         q = write(q, k, v, cos, sin, self.cache, t)
-        scores = score(q, self.cache, t)
-        scores[..., -1] = torch.inf  # the newest page is always loaded
+        scores = always_loaded(score(q, self.cache, t), self.cache.config, t)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         self.ranks.append(order.argsort(dim=-1))  # (B, n_kv_head, pages held): 0 is the page taken first
         return combine(*attend(q, self.cache, None, None, t), self.cache, t)
@@ -475,38 +443,39 @@ def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> li
     return torch.stack(shares).mean(dim=0).tolist()
 
 
+def walked(decoder: Decoder, idx: torch.Tensor, prefix: int) -> Decoder:
+    """The decoder at the end of the texts."""
+    for _ in forced(decoder, idx, prefix):
+        pass
+    return decoder
+
+
 def page_overlaps(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> dict[int, list[float]]:
     """Distance -> overlap with the past query's top-k and next-k, a mean over the sparse layers (paper, figure 2b)."""
     progress("pages wanted with full attention")
     decoder = Decoder(model, len(idx), replace(retro, impl="torch"), idx.shape[1])
     layers = [PageRanks(layer.cache) for layer in decoder.layers[retro.dense_layers :]]
     decoder.layers[retro.dense_layers :] = layers
-    for _ in forced(decoder, idx, args.prefix):
-        pass
+    walked(decoder, idx, args.prefix)
     selected = [retro.pages_selected(t) for t in range(args.prefix, idx.shape[1] - 1)]
     by_layer = {d: [overlap(layer.ranks, selected, d) for layer in layers] for d in range(1, args.distance + 1)}
     return {d: torch.tensor(shares).mean(dim=0).tolist() for d, shares in by_layer.items()}
 
 
-def effective_exposure(retro: RetroConfig, args, model: Llama, idx: torch.Tensor) -> float:
-    """Pages that a query is exposed to in the end, in a unit of those selected for it (paper, figure 2c)."""
-    progress(f"exposure: W={retro.window}")
-    decoder = Decoder(model, len(idx), retro, idx.shape[1])
-    for _ in forced(decoder, idx, args.prefix):
-        pass
-    loaded, first_seen = sum(layer.cache.totals.sum((0, 1)) for layer in decoder.layers if not layer.dense).tolist()
-    return 1 + first_seen / loaded
-
-
 def exposure(args) -> dict:
-    if args.distance >= args.length:
-        raise ValueError(f"distance must be between 1 and length - 1 = {args.length - 1}, not {args.distance}")
+    """Which pages neighbouring queries want, and how many a query meets."""
+    need(args.distance < args.length, f"distance must be between 1 and length - 1 = {args.length - 1}, not {args.distance}")
     retro, model, tok = setup(args)
-    if retro.dense_layers == model.config.n_layer:
-        raise ValueError(f"dense_layers must be at most {model.config.n_layer - 1}, not {retro.dense_layers}: no layer selects")
+    need(
+        retro.dense_layers < model.config.n_layer,
+        f"dense_layers must be at most {model.config.n_layer - 1}, not {retro.dense_layers}: no layer selects",
+    )
     idx = passages(args, model, tok)
     overlaps = page_overlaps(args, retro, model, idx)
-    exposures = {w: effective_exposure(replace(retro, window=w), args, model, idx) for w in sorted({1, *args.windows})}
+    exposures = {}  # paper, figure 2c
+    for w in sorted({1, *args.windows}):
+        progress(f"exposure: W={w}")
+        exposures[w] = exposure_of(walked(Decoder(model, len(idx), replace(retro, window=w), idx.shape[1]), idx, args.prefix))
     title = "Pages wanted now that a past query had in its top-k or next-k (full attention)"
     rows = {f"{d} steps back": {"top-k": a, "next-k": b, "both": a + b} for d, (a, b) in overlaps.items()}
     table(title, rows, {"top-k": ".1%", "next-k": ".1%", "both": ".1%"})
@@ -528,7 +497,7 @@ NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 def read_questions(path: str, needed: int) -> list[dict]:
     """Questions, worked answers and results out of GSM8K's JSONL, where an answer ends in `#### number`."""
     pairs = []
-    for i, line in enumerate(read_text(path).rstrip("\n").split("\n"), 1):
+    for i, line in enumerate(read_text(path, path).rstrip("\n").split("\n"), 1):
         try:
             pair = json.loads(line)
             # GSM8K marks what a calculator should do: <<48/2=24>>.
@@ -537,16 +506,16 @@ def read_questions(path: str, needed: int) -> list[dict]:
             pairs.append({"question": pair["question"].strip(), "work": work.strip(), "result": result})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}: line {i} is not a question and an answer that ends in '#### number'") from None
-    if len(pairs) < needed:
-        raise ValueError(f"{path} has {len(pairs)} questions: examples + prompts * the largest n need {needed}")
+    need(len(pairs) >= needed, f"{path} has {len(pairs)} questions: examples + prompts * the largest n need {needed}")
     return pairs
 
 
 def longgen_prompt(examples: list[dict], questions: list[dict]) -> str:
-    """Worked examples in the form that the answer shall have, then the questions; all answers are to follow in one text."""
-    asked = lambda pairs: [f"Question_{i}: {p['question']}" for i, p in enumerate(pairs, 1)]  # noqa: E731
+    """Worked examples in the form of the answers wanted, then the questions, whose numbers go on from those of the examples."""
     worked = [f"Answer_{i}: {p['work']} The answer is {p['result']:.12g}." for i, p in enumerate(examples, 1)]
-    return "\n\n".join([INSTRUCTION, "Examples", *asked(examples), *worked, "Questions", *asked(questions), "Answers\n"])
+    asked = [f"Question_{i}: {p['question']}" for i, p in enumerate(examples + questions, 1)]
+    n = len(examples)
+    return "\n\n".join([INSTRUCTION, "Examples", *asked[:n], *worked, "Questions", *asked[n:], "Answers\n"])
 
 
 def read_answers(text: str) -> dict[int, float]:
@@ -565,67 +534,49 @@ def read_answers(text: str) -> dict[int, float]:
     return found
 
 
-def finished_runs(out: Path) -> dict[str, dict]:
-    """The records in the file. A last line without its end was cut off by an interruption: it is dropped from the file."""
-    text = read_text(out) if out.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    try:
-        if text and not text.startswith('{"run"'):
-            raise ValueError
-        records = {json.dumps(record["run"]): record for record in map(json.loads, whole.splitlines())}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"out {out}: exists, and is not a file of this command's results") from None
-    if whole != text:
-        os.truncate(out, len(whole.encode()))
-    return records
-
-
-def longgen_jobs(args, retro: RetroConfig, model: Llama, tok: Tokenizer):
-    """Yields what decides a result (and so tells it apart in the file), the configuration, the prompt's ids, the questions."""
+def longgen_prompts(args, model: Llama, tok: Tokenizer) -> Iterator[tuple[int, int, list[int], list[float]]]:
+    """Yields n, the number of the prompt, its ids, and the results of its n questions."""
     pairs = read_questions(args.questions, args.examples + args.prompts * max(args.n))
-    settings = {"checkpoint": str(args.checkpoint), "questions": args.questions, "dtype": str(model.norm.weight.dtype)}
-    settings |= {name: getattr(args, name) for name in ("examples", "answer_tokens", "chat")}
+    examples, pairs = pairs[: args.examples], pairs[args.examples :]
     for n, i in itertools.product(sorted(set(args.n)), range(args.prompts)):
-        questions = pairs[args.examples + i * n : args.examples + (i + 1) * n]
-        prompt = longgen_prompt(pairs[: args.examples], questions)
+        questions = pairs[i * n : (i + 1) * n]
+        prompt = longgen_prompt(examples, questions)
         ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
         most = model.config.max_seq_len - args.answer_tokens * n
-        if len(ids) > most:
-            raise ValueError(f"n = {n}: the context leaves {most} tokens for a prompt of {len(ids)}: fewer n or answer_tokens")
-        for name, config in methods(retro, args.windows).items():
-            run = settings | {"n": n, "prompt": i, "method": name, "retro": asdict(config) if config else None}
-            yield run, config, ids, questions
+        need(
+            len(ids) <= most, f"n = {n}: the context leaves {most} tokens for a prompt of {len(ids)}: fewer n or answer_tokens"
+        )
+        yield n, i, ids, [pair["result"] for pair in questions]
 
 
-def answer_prompt(config, max_new_tokens: int, model, tok, ids: list[int], questions: list[dict]) -> dict:
-    """One generation, greedy, until the model stops or has made `max_new_tokens`; and what of it is right."""
-    prompt = torch.tensor([ids], device=model.norm.weight.device)  # (1, T)
-    decoder = Decoder(model, 1, config, len(ids) + max_new_tokens)
-    new = torch.cat(list(decoder.stream(prompt, max_new_tokens, temperature=0, stop_tokens=tok.stop_tokens))).tolist()
+def answer_prompt(config, args, model: Llama, tok: Tokenizer, ids: list[int], results: list[float]) -> dict:
+    """One generation, greedy, until the model stops or has made all its tokens; and what of it is right."""
+    prompt, most = torch.tensor([ids], device=model.norm.weight.device), args.answer_tokens * len(results)
+    decoder = Decoder(model, 1, config, len(ids) + most)
+    new = torch.cat(list(decoder.stream(prompt, most, temperature=0, stop_tokens=tok.stop_tokens))).tolist()
     text = tok.decode([token for token in new if token not in tok.stop_tokens])
     found = read_answers(text)
-    right = [found.get(i) == pair["result"] for i, pair in enumerate(questions, 1)]
-    answered = [i in found for i in range(1, len(questions) + 1)]
+    said = [found.get(i) for i in range(args.examples + 1, args.examples + len(results) + 1)]  # to the questions asked
+    right = [a == b for a, b in zip(said, results, strict=True)]
     share = kv_share("", config, model.config.n_layer, range(len(ids), len(ids) + len(new) - 1))  # the prefill made the first
-    return {"right": right, "answered": answered, "tokens": len(new), "kv_share": share, "text": text}
+    return {"right": right, "answered": [x is not None for x in said], "tokens": len(new), "kv_share": share, "text": text}
 
 
 def longgen(args) -> dict:
+    """Many questions in one prompt (GSM8K's format), for a real checkpoint."""
+    need(not Path(args.out).exists(), f"out {args.out}: exists already")
     retro, model, tok = setup(args)
-    finished, groups = finished_runs(Path(args.out)), {}
-    jobs = list(longgen_jobs(args, retro, model, tok))
-    with open(args.out, "a", encoding="utf-8", newline="\n") as file:
-        for run, config, ids, questions in jobs:
-            record = finished.get(json.dumps(run))
-            if record is None:
-                progress(f"n={run['n']}, prompt {run['prompt'] + 1} of {args.prompts}: {run['method']}")
-                record = {"run": run} | answer_prompt(config, args.answer_tokens * run["n"], model, tok, ids, questions)
-                print(json.dumps(record), file=file, flush=True)
-            groups.setdefault((run["n"], run["method"]), []).append(record)
-    rows = {}
+    prompts, groups, rows = list(longgen_prompts(args, model, tok)), {}, {}
+    with open(args.out, "w", encoding="utf-8", newline="\n") as file:
+        for (n, i, ids, results), (method, config) in itertools.product(prompts, methods(retro, args.windows).items()):
+            progress(f"n={n}, prompt {i + 1} of {args.prompts}: {method}")
+            record = {"n": n, "prompt": i, "method": method} | answer_prompt(config, args, model, tok, ids, results)
+            print(json.dumps(record), file=file, flush=True)
+            groups.setdefault((n, method), []).append(record)
     for (n, method), group in groups.items():
-        means = {x: np.mean([record[x] for record in group]).item() for x in ("kv_share", "right", "answered", "tokens")}
-        rows[f"n={n} {method}"] = {"n": n, "method": method} | means
+        rows[f"n={n} {method}"] = {"n": n, "method": method}
+        for name in ("kv_share", "right", "answered", "tokens"):
+            rows[f"n={n} {method}"][name] = torch.tensor([record[name] for record in group]).double().mean().item()
     title = f"{args.prompts} prompts of n questions each; an unanswered question counts as wrong"
     table(title, rows, {"kv_share": ".1%", "right": ".1%", "answered": ".1%", "tokens": ".0f"})
     return {"rows": list(rows.values())}
@@ -674,8 +625,8 @@ def microseconds(layers: list[Callable]) -> float:
 
 
 def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
-    """Shape, dtype and what memory can do, in bytes a second: of a copy, read and written, and of two plain reads (not as a
-    graph, in which a copy is slower). The first line of the output says them."""
+    """Shape, dtype and what memory can do, in bytes per second: of a copy, read and written, and of two plain reads (not as
+    a graph, in which a copy is slower). The first line of the output says them."""
     gpu, rates = args.device == "cuda", {}
     x = torch.ones(2**30 if gpu else 2**26, device=args.device)
     y = torch.empty_like(x)
@@ -688,12 +639,12 @@ def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
     return replace(SHAPES[args.shape], max_seq_len=max(context for context, _ in args.settings)), dtype, rates
 
 
-def fits(needed: float, what: str) -> bool:
-    """Whether that many bytes are free. A line says so if not."""
+def fits(layers: int, nbytes: dict[str, int], what: str) -> bool:
+    """Whether the caches of so many layers find room on the GPU. A line says so if not."""
     if not torch.cuda.is_available():
         return True
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
+    needed, free = 1.1 * layers * (nbytes["dense"] + nbytes["score"]) + 1e9, torch.cuda.mem_get_info()[0]
     if needed > free:
         print(f"{what}: skipped, it needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
     return needed <= free
@@ -713,10 +664,9 @@ def fill(cache: LayerCache, t: int):
 def layer_bytes(config: RetroConfig, shape: LlamaConfig, B: int, context: int, size: int) -> dict[str, int]:
     """Bytes that a layer must read, `size` a number of the model's. "four", the floor of the kernels after `write`, is what no
     implementation gets around: the bounds of the pages held, and K and V of the pages selected."""
-    held, selected = (context - 1) // config.page_size + 1, config.pages_selected(context - 1)
-    vector = B * shape.n_kv_head * shape.head_size * size  # a token's keys
-    score, attend = 2 * held * vector, 2 * selected * config.page_size * vector
-    return {"score": score, "attend": attend, "four": score + attend, "dense": 2 * context * vector}
+    _, loaded, bounds = config.kv_tokens(context - 1)
+    token = 2 * B * shape.n_kv_head * shape.head_size * size  # a key and a value
+    return {"score": bounds * token, "attend": loaded * token, "four": (bounds + loaded) * token, "dense": context * token}
 
 
 KERNELS = ("write", "score", "select", "attend", "combine")
@@ -759,7 +709,7 @@ def stages(config: RetroConfig, shape: LlamaConfig, B: int, context: int, device
 
 
 def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device: str, dtype, rate: float) -> dict:
-    """Microseconds a layer, bytes, and the share of its byte floor that each kernel reaches."""
+    """Microseconds per layer, bytes, and the share of its byte floor that each kernel reaches."""
     us, nbytes = {}, layer_bytes(config, shape, B, context, dtype.itemsize)
     layers = [stages(config, shape, B, context, device, dtype) for _ in range(n)]
     for name in layers[0]:
@@ -778,6 +728,7 @@ def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device:
 
 @torch.inference_mode()
 def kernels(args) -> dict:
+    """Microseconds of each kernel, and of dense attention."""
     shape, dtype, rates = begin(args)
     L2 = torch.cuda.get_device_properties(0).L2_cache_size if args.device == "cuda" else 0
     rows = []
@@ -787,24 +738,21 @@ def kernels(args) -> dict:
             configs.append(RetroConfig(window=1, budget=HEADLINE[1] / context))
         nbytes = layer_bytes(configs[0], shape, B, context, dtype.itemsize)
         n = max(2, -(-3 * L2 // nbytes["score"]))  # even the bounds of all layers do not stay in the L2 cache
-        if fits(1.1 * n * (nbytes["dense"] + nbytes["score"]) + 1e9, f"{context}x{B}"):
+        if fits(n, nbytes, f"{context}x{B}"):
             for config in configs:
                 progress(f"kernels: {context}x{B}, W={config.window}, budget {config.budget}")
                 rows.append(kernel_row(config, shape, B, context, n, args.device, dtype, max(rates.values())))
     shown = {}
     for r in rows:
-        shares = {f"{name} %": 100 * share for name, share in r["share"].items()}
-        shown[f"{r['context']}x{r['batch']} {r['budget']:.4g} W={r['window']}"] = (
-            r | r["us"] | shares | {"MB": r["bytes"]["four"] / 1e6}
-        )
+        shares = {f"{name} %": 100 * share for name, share in r["share"].items()} | {"MB": r["bytes"]["four"] / 1e6}
+        shown[f"{r['context']}x{r['batch']} {r['budget']:.4g} W={r['window']}"] = r | r["us"] | shares
     forms = dict.fromkeys([*KERNELS, "four", *DENSE], ".1f") | dict.fromkeys(["score %", "attend %", "four %", "ours %"], ".0f")
-    title = """Microseconds a layer, and % of what the bytes allow; four: score to combine, with their MB. Dense attention:
+    title = """Microseconds per layer, and % of what the bytes allow; four: score to combine, with their MB. Dense attention:
 SDPA with flash and cuDNN, and our attend over all pages; the best of these, and ours, in units of four."""
     table(title, shown, forms | {"MB": ".1f", "best/four": ".2f", "ours/four": ".2f"})
     return {"memory_rate": rates, "rows": rows}
 
 
-@torch.inference_mode(False)  # ordinary tensors, which a decoder can lay side by side
 def random_model(config: LlamaConfig, device: str, dtype: torch.dtype) -> Llama:
     with torch.device("meta"):
         model = Llama(config)
@@ -867,53 +815,22 @@ def step_rows(model: Llama, args, context: int, B: int, rate: float) -> list[dic
 
 @torch.inference_mode()
 def decode(args) -> dict:
-    if args.dense_layers > SHAPES[args.shape].n_layer:
-        raise ValueError(f"dense_layers must be between 0 and {SHAPES[args.shape].n_layer}, not {args.dense_layers}")
-    if args.long:
-        return long_run(args)
+    """Milliseconds of whole steps, with random weights and random caches."""
+    need(
+        args.dense_layers <= SHAPES[args.shape].n_layer,
+        f"dense_layers must be between 0 and {SHAPES[args.shape].n_layer}, not {args.dense_layers}",
+    )
     shape, dtype, rates = begin(args)
     model, rows = random_model(shape, args.device, dtype), []
     for context, B in args.settings:
         nbytes = layer_bytes(RetroConfig(), shape, B, context, dtype.itemsize)
-        if fits(1.02 * shape.n_layer * (nbytes["dense"] + nbytes["score"]) + 1e9, f"{context}x{B}"):
+        if fits(shape.n_layer, nbytes, f"{context}x{B}"):
             rows += step_rows(model, args, context, B, max(rates.values()))
     forms = {"ms": ".3f", "tokens/s": ".1f", "GB/s": ".1f", "share": ".0%", "full/this": ".2f", "this/Quest": ".3f"}
     forms |= dict.fromkeys([f"{part} MB" for part in ("kv", "bounds", "outputs", "weights", "GPU peak")], ".2f")
     title = "A step of the batch; share: of what the bytes allow; outputs: the output cache"
     table(title, {f"{r['context']}x{r['batch']} {r['method']}": r for r in rows}, forms)
     return {"memory_rate": rates, "rows": rows}
-
-
-def greedy(decoder: Decoder, logits: torch.Tensor, n: int) -> torch.Tensor:
-    for _ in range(n):
-        logits = decoder.step(logits.argmax(dim=-1))
-    return logits
-
-
-def long_run(args) -> dict:
-    """One generation of many tokens: does a step take longer than its bytes explain, does memory grow, do NaN appear?"""
-    n, gpu, prompt_len, compared = args.long, args.device == "cuda", 1000, min(args.long, 300)
-    args.shape, args.settings = "tiny", [(n + prompt_len, 1)]
-    shape, dtype, rates = begin(args)
-    model, retro = random_model(shape, args.device, dtype), RetroConfig(window=8, dense_layers=args.dense_layers)
-    prompt = torch.randint(shape.vocab_size, (1, prompt_len), device=args.device)
-    decoder, eager, rows = Decoder(model, 1, retro), Decoder(model, 1, retro), {}
-    eager.captures = False
-    greedy(eager, eager.prefill(prompt), compared)
-    logits = greedy(decoder, decoder.prefill(prompt), 3)  # captures the graph, off the clock
-    for first, last in itertools.pairwise((3, n // 4, n // 2, 3 * n // 4, n)):
-        before, start = torch.cuda.memory_allocated(), time.perf_counter()
-        logits = greedy(decoder, logits, last - first)
-        finite = logits.isfinite().all().item()  # waits for the device
-        ms = 1e3 * (time.perf_counter() - start) / (last - first)
-        floor_ms = 1e3 * step_bytes(model, retro, 1, prompt_len + (first + last) // 2) / max(rates.values())
-        row = {"ms": ms, "ms by bytes": floor_ms, "finite": finite, "GPU bytes before": before}
-        rows[f"{first + 1}-{last}"] = row | {"GPU bytes after": torch.cuda.memory_allocated()}
-        progress(f"long: {last} of {n} tokens")
-    same = torch.equal(*(x.tokens[:, prompt_len : prompt_len + compared] for x in (decoder, eager))) if gpu else "no graph here"
-    title = f"A token of one generation, W=8. First {compared} the same with and without a graph: {same}"
-    table(title, rows, {"ms": ".3f", "ms by bytes": ".3f", "finite": "", "GPU bytes before": "", "GPU bytes after": ""})
-    return {"memory_rate": rates, "rows": rows, "graph_equals_eager": same}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -923,13 +840,14 @@ def long_run(args) -> dict:
 def last_line(path: str, command: str) -> dict:
     """The record of a command whose output was saved: its last line."""
     try:
-        record = json.loads(read_text(path).rstrip().split("\n")[-1])
+        record = json.loads(read_text(path, path).rstrip().split("\n")[-1])
         return {command: record}[record["command"]]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{path}: its last line is not the JSON of bench.py {command}") from None
 
 
 def picture(args) -> dict:
+    """Draws the results of quality and exposure (needs matplotlib)."""
     records = [last_line(path, "quality") for path in args.quality]
     decoded = [record["arguments"].pop("decoded", 0) for record in records]
     if len(set(decoded)) < len(decoded) or any(record["arguments"] != records[0]["arguments"] for record in records):
@@ -948,7 +866,7 @@ def picture(args) -> dict:
     drawn = [name for name in runs[decoded[0]] if name.startswith(("Quest", "Retro"))]
     for name, marker in zip(drawn, itertools.cycle("osD^vP"), strict=False):
         left.plot(list(runs), [rows[name]["kl"] for rows in runs.values()], marker=marker, label=name)
-    left.set(xlabel="tokens of the context that were decoded", ylabel="KL to full attention, nats a token")
+    left.set(xlabel="tokens of the context that were decoded", ylabel="KL to full attention, nats per token")
     figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
     right.plot([int(w) for w in met], list(met.values()), marker="o")
     for w, x in met.items():
@@ -982,94 +900,88 @@ def setting(text: str) -> tuple[int, int]:
     return context, batch
 
 
-def add_method_options(add: Callable, retro: RetroConfig, dtype: str):
-    add("--checkpoint", default=Path(__file__).resolve().parent / "tiny", help="folder in Meta's format or Hugging Face's")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
-    add("--dtype", choices=["auto", *DTYPES], default=dtype, help="auto is bfloat16 on a GPU, float32 elsewhere")
-    add("--impl", choices=["auto", "torch", "triton"], default=retro.impl, help="auto is triton on a GPU, torch elsewhere")
-    add("--windows", type=at_least(1), nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
-    add("--budget", type=float, default=retro.budget, help="share of the KV pages that a step loads")
-    add("--min_tokens", type=int, default=retro.min_tokens, help="a step loads at least this many tokens' worth of pages")
-    add("--page_size", type=int, default=retro.page_size, help="tokens a page, a power of two")
-    add("--dense_layers", type=int, default=retro.dense_layers, help="first layers that attend to everything")
+# The options of each command; what is returned is what --quick stands for.
 
 
-def add_text_options(add: Callable, passages: int, least: int, length: int):
+def text_options(add: Callable, passages: int, least: int, length: int):
     # RetroAttention's own floor and dense layers would hide all in a small model; bfloat16 rounds by as much as is measured.
     add_method_options(add, RetroConfig(min_tokens=32, dense_layers=0), dtype="float32")
+    add("--windows", type=at_least(1), nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
     add("--text", default=None, help="file to cut passages from; without it they are sampled from the checkpoint")
     add("--seed", type=int, default=0, help="of the sampled texts and of the tasks' questions")
     add("--passages", type=at_least(least), default=passages, help="passages, as one batch")
     add("--prefix", type=at_least(1), default=2048, help="tokens of prompt")
-    add("--length", type=at_least(1), default=length, help="tokens decoded after it, a passage")
+    add("--length", type=at_least(1), default=length, help="tokens of each passage that are decoded after it")
 
 
-def add_quality_options(add: Callable):
-    add_text_options(add, passages=24, least=2, length=384)
+def quality_options(add: Callable) -> dict:
+    text_options(add, passages=24, least=2, length=384)
     add("--tasks", choices=list(TASKS), nargs="*", default=list(TASKS), help="of tiny/train.py; none leaves the tasks out")
     add("--decoded", type=at_least(0), default=0, help="the last tokens of the prompt to decode one by one: not prefilled")
     add("--neighbours", choices=NEIGHBOURS, nargs="*", default=NEIGHBOURS, help="to compare with; none leaves them out")
     add("--questions", type=at_least(2), default=24, help="questions of each task")
-    add("--entries", type=at_least(1), default=32, help="lines to remember, a question")
+    add("--entries", type=at_least(1), default=32, help="lines to remember in each question")
+    return {"passages": 8, "prefix": 1024, "length": 96, "questions": 8, "entries": 12}
 
 
-def add_longgen_options(add: Callable):
-    add_method_options(add, RetroConfig(), dtype="auto")
+def exposure_options(add: Callable):
+    text_options(add, passages=8, least=1, length=256)
+    add("--distance", type=at_least(1), default=8, help="steps to look back")
+
+
+def longgen_options(add: Callable):
+    add_method_options(add, RetroConfig())
+    add("--windows", type=at_least(1), nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
     add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
-    add("--out", required=True, help="JSONL of results, one line a finished prompt; what is in it is not run again")
-    add("--n", type=at_least(1), nargs="+", default=[15, 30, 45], help="questions a prompt")
+    add("--out", required=True, help="JSONL of the answers to write, one line per prompt and method; must not exist yet")
+    add("--n", type=at_least(1), nargs="+", default=[15, 30, 45], help="questions per prompt")
     add("--prompts", type=at_least(1), default=10, help="prompts of each n")
     add("--examples", type=at_least(1), default=8, help="worked examples in front, the first questions of the file")
-    add("--answer_tokens", type=at_least(1), default=256, help="tokens to generate at most, a question")
+    add("--answer_tokens", type=at_least(1), default=256, help="tokens to generate at most per question")
     add("--chat", action="store_true", help="the prompt is a user's message, in the format of the checkpoint's tokenizer")
 
 
-def add_speed_options(add: Callable, settings: list[tuple[int, int]], windows: list[int]):
+def speed_options(add: Callable, settings: list[tuple[int, int]], windows: list[int]) -> dict:
     """On a GPU if there is one; else with the PyTorch reference on a few settings, which says little about speed."""
     gpu = torch.cuda.is_available()
-    add("--shape", choices=list(SHAPES) if gpu else ["tiny"], default="8b" if gpu else "tiny", help="a Llama's, or tiny/'s")
     settings = settings if gpu else [(1024, 1), (4096, 1)]
+    add("--shape", choices=list(SHAPES) if gpu else ["tiny"], default="8b" if gpu else "tiny", help="a Llama's, or tiny/'s")
     add("--settings", type=setting, nargs="+", default=settings, help="context x batch, as 32768x8")
     add("--windows", type=at_least(1), nargs="+", default=windows, help="W to measure; 1 is Quest")
+    return {"settings": [(32_768, 1), (32_768, 8)] if gpu else [(1024, 1)]}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = [(32_768, 1), (32_768, 8)] if device == "cuda" else [(1024, 1)]
-    quick = {
-        "quality": {"passages": 8, "prefix": 1024, "length": 96, "questions": 8, "entries": 12},
-        "kernels": {"settings": settings, "windows": [1, 2]},
-        "decode": {"settings": settings, "rounds": 1},
-    }
+def kernels_options(add: Callable) -> dict:
+    settings = [(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)]
+    return speed_options(add, settings, windows=[1, 2, 8]) | {"windows": [1, 2]}
 
-    def command(run: Callable, help: str, **fixed):
-        name = run.__name__
-        sub = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run, **fixed)
-        if name in quick:
-            smaller = ", ".join(f"--{option} {x}" for option, x in quick[name].items())
-            sub.add_argument("--quick", action="store_true", help=f"unless given: {smaller}")
-        return sub.add_argument
 
-    add_quality_options(command(quality, "fidelity on text and accuracy on the tasks, against full attention"))
-    add = command(exposure, "which pages neighbouring queries want, and how many a query meets")
-    add_text_options(add, passages=8, least=1, length=256)
-    add("--distance", type=at_least(1), default=8, help="steps to look back")
-    add_longgen_options(command(longgen, "many questions in one prompt (GSM8K's format), for a real checkpoint"))
-    add = command(kernels, "microseconds of each kernel, and of dense attention", device=device)
-    add_speed_options(add, [(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)], windows=[1, 2, 8])
-    add = command(decode, "milliseconds of whole steps, with random weights and random caches", device=device)
-    add_speed_options(add, [(32_768, 1), (131_072, 1), (32_768, 8), (65_536, 8)], windows=[2, 4, 8])
+def decode_options(add: Callable) -> dict:
     add("--dense_layers", type=at_least(0), default=0, help="first layers that attend to all; 0: all have the same byte floor")
     add("--rounds", type=at_least(1), default=3, help="times that all methods are measured in turn, 30 steps each")
-    add("--long", type=at_least(100), default=0, help="instead, generate so many tokens in one go: tiny/'s shape, W=8")
-    add = command(picture, "draws the results of quality and exposure (needs matplotlib)")
+    return speed_options(add, [(32_768, 1), (131_072, 1), (32_768, 8), (65_536, 8)], windows=[2, 4, 8]) | {"rounds": 1}
+
+
+def picture_options(add: Callable):
     add("--quality", required=True, nargs="+", help="saved outputs of bench.py quality, one for each --decoded")
     add("--exposure", required=True, help="saved output of bench.py exposure")
     add("--out", default="quality.png", help="file to write")
 
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands, quick = parser.add_subparsers(dest="command", required=True), {}
+    options = (quality_options, exposure_options, longgen_options, kernels_options, decode_options, picture_options)
+    for run, add_options in zip((quality, exposure, longgen, kernels, decode, picture), options, strict=True):
+        name = run.__name__
+        sub = commands.add_parser(name, help=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        quick[name] = add_options(sub.add_argument)
+        if run in (kernels, decode):
+            sub.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
+        if quick[name]:
+            smaller = ", ".join(f"--{option} {x}" for option, x in quick[name].items())
+            sub.add_argument("--quick", action="store_true", help=f"unless given: {smaller}")
     args = parser.parse_args(argv)
     if getattr(args, "quick", False):  # what is given goes before
         commands.choices[args.command].set_defaults(**quick[args.command])
@@ -1077,11 +989,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def record(args: argparse.Namespace, results: dict) -> dict:
-    """The results, and what they depend on."""
+def measure(args: argparse.Namespace) -> int:
+    """Runs the command and prints its results, with what they depend on, as the last line."""
+    results = args.run(args)
     device = choose_device(getattr(args, "device", "cpu"))
     packages = {d.name: d.version for d in distributions() if d.name in ("torch", "triton", "numpy", "matplotlib")}
-    return {
+    record = {
         "command": args.command,
         "arguments": {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "run"},
         "versions": {"python": platform.python_version()} | packages,
@@ -1090,23 +1003,12 @@ def record(args: argparse.Namespace, results: dict) -> dict:
         "seconds": round(time.time() - START),
         "results": results,
     }
+    print("\n" + json.dumps(record), flush=True)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        print("\n" + json.dumps(record(args, args.run(args))), flush=True)
-        return 0
-    except BrokenPipeError:  # the reader of our stdout has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
-        print("bench.py: error:", str(error).split("\n")[0], file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code("bench.py", lambda: measure(parse_args(argv)))
 
 
 if __name__ == "__main__":

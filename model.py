@@ -14,9 +14,12 @@ RoPE rotates neighbours, (x0, x1), (x2, x3) ..., as in Meta's checkpoints. Produ
 
 import base64
 import binascii
+import copy
+import itertools
 import json
 import math
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +50,8 @@ class LlamaConfig:
     rope_scaling: float | None = None  # Llama 3.1's factor (8; in 3.2, 32), None before it
     tie_embeddings: bool = False  # the output head is the embedding table
     head_size: int | None = None  # dim / n_head if None
-    qkv_bias: bool = False  # Qwen 2.5
+    qkv_bias: bool = False  # Qwen 2 and 2.5
+    qk_norm: bool = False  # Qwen 3: each head's q and k are normalised before RoPE
 
     def __post_init__(self):
         for name in ("dim", "n_layer", "n_head", "n_kv_head", "vocab_size", "ffn_dim", "max_seq_len"):
@@ -91,11 +95,16 @@ class Attention(nn.Module):
         self.heads, self.hs = [config.n_head, config.n_kv_head, config.n_kv_head], config.head_size
         self.wqkv = nn.Linear(config.dim, sum(self.heads) * self.hs, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_head * self.hs, config.dim, bias=False)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.hs, eps=config.norm_eps) for _ in range(2))
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, cos, sin, retro: RetroAttention | None = None, t: torch.Tensor | None = None):
         """x (B, T, dim) -> (B, T, dim): see `Block.forward`."""
         T = x.shape[1]
         q, k, v = self.wqkv(x).unflatten(-1, (-1, self.hs)).split(self.heads, dim=2)  # (B, T, n_head or n_kv_head, hs)
+        q, k = self.q_norm(q), self.k_norm(k)
         if t is not None:
             o = retro.decode(q, k, v, cos, sin, t)  # (B, W, n_head, hs)
         else:
@@ -154,7 +163,7 @@ class Llama(nn.Module):
             self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def hidden(self, idx, cos, sin, layers: Sequence[RetroAttention] | None = None, t: torch.Tensor | None = None):
-        """(B, T) ids -> (B, T, dim) before the final norm; with a RetroAttention for each layer, and t, as in `Block.forward`."""
+        """(B, T) ids -> (B, T, dim) before the final norm; a RetroAttention for each layer, and t: see `Block.forward`."""
         x = self.tok_embeddings(idx)  # (B, T, dim)
         for block, retro in zip(self.layers, layers or [None] * len(self.layers), strict=True):
             x = block(x, cos, sin, retro, t)
@@ -182,8 +191,9 @@ class Llama(nn.Module):
         """
         B, T = idx.shape
         decoder = Decoder(self, B, retro, max_seq_len=min(T + max(1, max_new_tokens), self.config.max_seq_len))
-        new = decoder.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens)
-        return torch.cat([idx, torch.stack(list(new), dim=1)], dim=1)
+        new = list(decoder.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens))
+        decoder.check_finite()
+        return torch.cat([idx, torch.stack(new, dim=1)], dim=1)
 
     def score(self, idx: torch.Tensor, prompt_len: int, retro: RetroConfig | None = RetroConfig()) -> torch.Tensor:
         """Log-probabilities of tokens prompt_len .. T-1 of (B, T) ids, fed one by one through the decode path.
@@ -195,9 +205,10 @@ class Llama(nn.Module):
         decoder = Decoder(self, B, retro, max_seq_len=T)
         logits, logps = decoder.prefill(idx[:, :prompt_len]), []
         for i in range(prompt_len, T):
-            logps.append(logits.float().log_softmax(dim=-1).gather(1, idx[:, i, None]))  # (B, 1)
+            logps.append(decoder.only_finite(logits).float().log_softmax(dim=-1).gather(1, idx[:, i, None]))  # (B, 1)
             if i < T - 1:
                 logits = decoder.step(idx[:, i])
+        decoder.check_finite()
         return torch.cat(logps, dim=1)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -235,7 +246,7 @@ class Llama(nn.Module):
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         for name, w in model.weights().items():
             source = weights.pop(name)  # dropped after it is copied: a file's memory map goes with its last tensor
-            if is_hugging_face(folder) and name.endswith(("wq.weight", "wk.weight", "wq.bias", "wk.bias")):
+            if is_hugging_face(folder) and name.split(".")[-2] in ("wq", "wk", "q_norm", "k_norm"):
                 source = pair_neighbours(source, config.head_size)
             w.copy_(source)
         return model
@@ -282,6 +293,7 @@ class Decoder:
         self.graph, self.compiled = None, False
         self.token = torch.zeros(batch_size, dtype=torch.long, device=weight.device)  # (B,) the newest token
         self.newest_logits = None  # (B, vocab)
+        self.finite = torch.ones((), dtype=torch.bool, device=weight.device)  # all logits since the prompt
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
@@ -294,10 +306,9 @@ class Decoder:
         self.t.fill_(T - 1)
         self.position = T - 1
         logits = self.model.logits(self.model.hidden(idx, *self.rope, self.layers)[:, -1])
-        need(
-            logits.isfinite().all(),
-            f"the model's logits are not finite: its weights are broken, or too large for {logits.dtype}",
-        )
+        self.finite.fill_(True)
+        self.only_finite(logits)
+        self.check_finite()
         return logits
 
     @torch.inference_mode()
@@ -328,6 +339,36 @@ class Decoder:
         x = self.model.hidden(self.tokens[:, rows], *self.rope, self.layers, self.t)  # (B, W, dim)
         return self.model.logits(x[:, -1])
 
+    @torch.inference_mode()
+    def rewind(self, t: int) -> None:
+        """Forgets all tokens after position t, for a retry or for speculative decoding; the next step is that of t+1.
+
+        For W=1 all is as if no later token had been there. For W>1 that cannot be restored: later steps have overwritten the
+        keys and values of the past rows, and the output cache has lost the outputs of some. So the rows up to t are attended
+        to once more, densely, as at the end of a prompt of t+1 tokens. ValueError unless t is the position of a token.
+        """
+        need(0 <= t <= self.position, f"t must be between 0 and {self.position}, the newest position, not {t}")
+        self.position = t
+        self.t.fill_(t)
+        if self.retro.window > 1:
+            twins = [copy.copy(layer) for layer in self.layers]
+            for twin in twins:
+                twin.forget(t)
+                twin.dense = True  # for this pass; the memory is shared
+            rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,)
+            self.model.hidden(self.tokens[:, rows], *self.rope, twins, self.t)
+
+    def only_finite(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits, 0 where they are not finite; `check_finite` says so later, as a step must not wait for the device."""
+        finite = logits.isfinite()
+        self.finite &= finite.all()
+        return logits.where(finite, 0)
+
+    def check_finite(self) -> None:
+        """ValueError if logits were not finite: what was made of them since means nothing."""
+        kind = self.model.norm.weight.dtype
+        need(self.finite, f"the model's logits are not finite: its weights are broken, or too large for {kind}")
+
     def stream(
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 0.8,
         top_k: int | None = None, top_p: float | None = None, seed: int | None = None, stop_tokens: Sequence[int] = (),
@@ -335,14 +376,7 @@ class Decoder:
         """An iterator over the (B,) next tokens; arguments and errors as in `Llama.generate`."""
         T, most = idx.shape[1], self.max_seq_len - 1
         need(1 <= T <= most, f"the prompt has {T} tokens: must be between 1 and {most}, one less than the context")
-        need(max_new_tokens >= 1, f"max_new_tokens must be >= 1, not {max_new_tokens}")
-        need(  # below, logits / temperature overflow
-            temperature == 0 or 1e-6 <= temperature < math.inf,
-            f"temperature must be 0 or a finite number >= 1e-6, not {temperature}",
-        )
-        need(top_k is None or top_k >= 1, f"top_k must be >= 1, not {top_k}")
-        need(top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}")
-        need(seed is None or 0 <= seed < 2**63, f"seed must be between 0 and 2**63 - 1, not {seed}")
+        check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         generator = torch.Generator(device=idx.device)
         if seed is None:
             generator.seed()
@@ -357,13 +391,23 @@ class Decoder:
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)  # (B,)
         token = None
         for _ in range(n):
-            token = sample(self.prefill(idx) if token is None else self.step(token))  # (B,)
+            token = sample(self.only_finite(self.prefill(idx) if token is None else self.step(token)))  # (B,)
             if len(stops):
                 token = torch.where(ended, stops[0], token)
                 ended |= torch.isin(token, stops)
             yield token
             if len(stops) and ended.all():
                 return
+
+
+def check_sampling(max_new_tokens, temperature, top_k, top_p, seed) -> None:
+    """ValueError names the first value that is out of range."""
+    need(max_new_tokens >= 1, f"max_new_tokens must be >= 1, not {max_new_tokens}")
+    sharp = temperature == 0 or 1e-6 <= temperature < math.inf  # below, logits / temperature overflow
+    need(sharp, f"temperature must be 0 or a finite number >= 1e-6, not {temperature}")
+    need(top_k is None or top_k >= 1, f"top_k must be >= 1, not {top_k}")
+    need(top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}")
+    need(seed is None or 0 <= seed < 2**63, f"seed must be between 0 and 2**63 - 1, not {seed}")
 
 
 def sample_token(logits, temperature, top_k, top_p, generator) -> torch.Tensor:
@@ -385,8 +429,8 @@ def sample_token(logits, temperature, top_k, top_p, generator) -> torch.Tensor:
 
 
 def is_hugging_face(folder: str | Path) -> bool:
-    """Hugging Face's format, unless the folder holds Meta's."""
-    return (Path(folder) / "config.json").is_file() and not (Path(folder) / "params.json").is_file()
+    """Hugging Face's format; also where files of Meta's lie beside it."""
+    return (Path(folder) / "config.json").is_file()
 
 
 def read_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
@@ -401,8 +445,13 @@ def read_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, torch.Te
     )
     if is_hugging_face(folder):
         config, weights = config_from_hugging_face(folder), read_safetensors(folder)
-        if config.tie_embeddings:
-            weights.pop("output.weight", None)  # the embedding table once more, in some files
+        table, head = weights.get("tok_embeddings.weight"), weights.get("output.weight")
+        if config.tie_embeddings and head is not None:
+            # Some files hold the table twice. A head of its own counts, whatever config.json says: transformers' rule.
+            if table is not None and torch.equal(table, head):
+                del weights["output.weight"]
+            else:
+                config.tie_embeddings = False
         return config, weights
     params, weights = read_json(folder, "params.json"), read_pth(folder)
     return config_from_params(params, tie_embeddings="output.weight" not in weights), weights
@@ -418,8 +467,8 @@ def checkpoint_file(folder: str | Path, name: str) -> Path:
 def read_json(folder: str | Path, name: str) -> dict:
     path = checkpoint_file(folder, name)
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        contents = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     need(isinstance(contents, dict), f"{path}: a JSON object was expected, not {type(contents).__name__}")
     return contents
@@ -524,7 +573,11 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`; with `bos`, begin_of_text first. Special tokens' names in the text are plain text unless `special`."""
-        ids = self.bpe.encode(text, allowed_special="all") if special else self.bpe.encode_ordinary(text)
+        encode = partial(self.bpe.encode, allowed_special="all") if special else self.bpe.encode_ordinary
+        # The split's regular expression overflows its stack in a run of a million spaces: cut runs, as Meta's own code does.
+        runs = re.finditer(r"\s{25001,}|\S{25001,}", text)
+        cuts = [0, *(i for run in runs for i in range(run.start() + 25_000, run.end(), 25_000)), len(text)]
+        ids = [i for a, b in itertools.pairwise(cuts) for i in encode(text[a:b])]
         return [self.bos, *ids] if bos else ids
 
     def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
@@ -564,10 +617,10 @@ def from_pretrained(kind: str, folder: str | Path):
 
 
 def config_from_hugging_face(folder: str | Path) -> LlamaConfig:
-    """From config.json, of Llama, Qwen 2 and 2.5. ValueError names what is not supported."""
+    """From config.json, of Llama, Qwen 2, 2.5 and 3. ValueError names what is not supported."""
     config = from_pretrained("AutoConfig", folder)
     kind = config.model_type
-    need(kind in ("llama", "qwen2"), f"checkpoint {folder}: model_type must be llama or qwen2, not {kind!r}")
+    need(kind in ("llama", "qwen2", "qwen3"), f"checkpoint {folder}: model_type must be llama, qwen2 or qwen3, not {kind!r}")
     # What we don't do, and the value of each key that doesn't ask for it.
     for key, wanted in (
         ("hidden_act", "silu"), ("use_sliding_window", False), ("mlp_bias", False), ("attention_bias", False),
@@ -587,14 +640,16 @@ def config_from_hugging_face(folder: str | Path) -> LlamaConfig:
         n_kv_head=config.num_key_value_heads, head_size=getattr(config, "head_dim", None), vocab_size=config.vocab_size,
         ffn_dim=config.intermediate_size, max_seq_len=config.max_position_embeddings, norm_eps=config.rms_norm_eps,
         rope_theta=theta, rope_scaling=scaling, tie_embeddings=config.tie_word_embeddings, qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
     )  # fmt: skip
 
 
 META_NAMES = {
     "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output", "model.layers": "layers",
     "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attention.wo", "self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 
 
@@ -618,9 +673,12 @@ def read_safetensors(folder: str | Path) -> dict[str, torch.Tensor]:
     for path in [checkpoint_file(folder, name) for name in files]:  # all are there before one is read
         try:
             with safe_open(path, framework="pt") as file:
-                weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not readable as safetensors: {error}") from None
+        twice = sorted(found.keys() & weights.keys())
+        need(not twice, f"checkpoint {folder}: {twice[:1]} is in {path.name} and in another file that the index names")
+        weights |= found
     for name in index:
         need(name in weights, f"checkpoint {folder}: the index names {name}, which {index[name]} does not hold")
     for name, w in weights.items():
@@ -629,11 +687,14 @@ def read_safetensors(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def pair_neighbours(w: torch.Tensor, head_size: int) -> torch.Tensor:
-    """Rows of Hugging Face's q or k projection, or its bias, in Meta's order.
+    """Rows of Hugging Face's q or k projection, or what else has an element for each, in Meta's order.
 
     Theirs pairs element i of a head with i + hs / 2, ours with its neighbour. Attention is the same: q and k move together.
     """
     return w.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 
 
 class HuggingFaceTokenizer:
@@ -642,26 +703,46 @@ class HuggingFaceTokenizer:
     def __init__(self, folder: str | Path):
         self.folder, self.tokenizer = folder, from_pretrained("AutoTokenizer", folder)
         self.vocab_size = len(self.tokenizer)
+        if (Path(folder) / "tokenizer.json").is_file():  # whose ids for special tokens are not always those that are used
+            for token in read_json(folder, "tokenizer.json").get("added_tokens") or ():
+                there, used = token["id"], self.tokenizer.convert_tokens_to_ids(token["content"])
+                need(there == used, f"checkpoint {folder}: {token['content']} is {there} in tokenizer.json, {used} in use")
+        if self.tokenizer.chat_template is None and "<|im_end|>" in self.tokenizer.get_vocab():
+            self.tokenizer.chat_template = CHATML
         self.bos = next(iter(self.encode("", bos=True)), None)
-        # A generation ends with any of the tokens that the files name for it.
-        ends = [self.tokenizer.eos_token_id]
+        ends = [self.tokenizer.eos_token_id, *self.end_of_turn()]
         for kind, file in (("AutoConfig", "config.json"), ("GenerationConfig", "generation_config.json")):
             if (Path(folder) / file).is_file():
                 end = from_pretrained(kind, folder).eos_token_id
                 ends += end if isinstance(end, list) else [end]
-        self.stop_tokens = sorted({end for end in ends if end is not None})
+        ends = [end for end in ends if end is not None]
+        for end in ends:
+            need(type(end) is int and 0 <= end < 2**63, f"checkpoint {folder}: eos_token_id must be an id or ids, not {end!r}")
+        self.stop_tokens = sorted(set(ends))  # any of those that the files name
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`; with `bos`, what the tokenizer puts around a text. Special tokens' names are text unless `special`."""
         return self.tokenizer.encode(text, add_special_tokens=bos, split_special_tokens=not special)
 
-    def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Ids of a conversation of (role, text) by the checkpoint's template, up to where the assistant's turn begins."""
+    def render(self, messages: Sequence[tuple[str, str]], **options):
         said = [{"role": role, "content": text} for role, text in messages]
         try:
-            return self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+            return self.tokenizer.apply_chat_template(said, return_dict=False, **options)
         except Exception as error:  # a template may refuse, in words of its own
             raise ValueError(f"checkpoint {self.folder}: chat template: {' '.join(str(error).split())[:300]}") from None
+
+    def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Ids of a conversation of (role, text) by the checkpoint's template, up to where the assistant's turn begins."""
+        return self.render(messages, add_generation_prompt=True)
+
+    def end_of_turn(self) -> list[int]:
+        """The special token, if there is one, that the chat template puts after an assistant's turn."""
+        try:
+            text = self.render([("user", "u"), ("assistant", "END")], tokenize=False)
+        except ValueError:
+            return []  # `chat` will say why
+        first = self.encode(text.rpartition("END")[2], special=True)[:1]
+        return [i for i in first if i in self.tokenizer.added_tokens_decoder]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""

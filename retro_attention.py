@@ -383,14 +383,19 @@ class RetroAttention:
         store(k, v, cache, T - 1)
         if self.dense:
             return
-        cache.last_loaded.fill_(-1)  # whatever text came before is forgotten
-        cache.last_loaded[:, :, : -(-T // cache.config.page_size)] = T - 1
-        cache.lse.fill_(-torch.inf)
-        cache.out.zero_()
+        self.forget(T - 1)
         cache.totals.zero_()
         q = F.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0)).contiguous()  # (B, W, n_head, hs)
         t = torch.tensor(T - 1, device=q.device)
         self.ops.combine(*self.ops.attend(q, cache, None, None, t), cache, t)
+
+    def forget(self, t: int) -> None:
+        """Whatever rows have seen is forgotten; pages count as loaded at position t."""
+        if not self.dense:
+            self.cache.last_loaded.fill_(-1)
+            self.cache.last_loaded[:, :, : t // self.cache.config.page_size + 1] = t
+            self.cache.lse.fill_(-torch.inf)
+            self.cache.out.zero_()
 
     def decode(self, q, k, v, cos, sin, t: torch.Tensor) -> torch.Tensor:
         """One step of all W rows: q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated, the newest row at

@@ -6,19 +6,22 @@ success, 2 with one line on a mistake in the arguments or the checkpoint, 130 af
 """
 
 import argparse
-import codecs
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from model import Decoder, Llama, LlamaConfig, Tokenizer, read_checkpoint
-from retro_attention import RetroConfig, Step
+from model import Decoder, Llama, LlamaConfig, Tokenizer, check_sampling, read_checkpoint
+from retro_attention import RetroConfig, Step, need
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shared with bench.py: options, loading, errors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -28,64 +31,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    retro = RetroConfig()
-    tiny = Path(__file__).resolve().parent / "tiny"
-    parser = Parser(description="Generate text with RetroAttention.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--prompt", default="", help="text to continue; FILE:path reads a file, - reads stdin, empty starts from nothing")
-    add("--checkpoint", default=tiny, help="folder in Meta's format or Hugging Face's")
-    add("--max_new_tokens", type=int, default=500, help="length of the text at most")
-    add("--num_samples", type=int, default=1, help="texts to make side by side, as one batch")
-    add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    add("--top_k", type=int, default=None, help="sample from the k likeliest tokens only")
-    add("--top_p", type=float, default=0.95, help="sample from the likeliest tokens that together have this probability")
-    add("--seed", type=int, default=1337, help="same seed, same text")
+def add_method_options(add: Callable, retro: RetroConfig, dtype: str = "auto"):
+    """What a model and a RetroConfig are made of, but the window; the defaults are those of `retro`."""
+    add("--checkpoint", default=Path(__file__).resolve().parent / "tiny", help="folder in Meta's format or Hugging Face's")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto is bfloat16 on a GPU, float32 elsewhere")
-    add("--attention", choices=["retro", "quest", "full"], default="retro", help="quest is retro with a window of 1")
-    add("--window", type=int, default=retro.window, help="rows a step carries, the new token included: the paper's w")
+    add("--dtype", choices=["auto", *DTYPES], default=dtype, help="auto is bfloat16 on a GPU, float32 elsewhere")
     add("--budget", type=float, default=retro.budget, help="share of the KV pages that a step loads")
-    add(
-        "--min_tokens", type=int, default=retro.min_tokens, help="a step never loads less than this many tokens' worth of pages"
-    )
-    add("--page_size", type=int, default=retro.page_size, help="tokens a page, a power of two")
+    add("--min_tokens", type=int, default=retro.min_tokens, help="a step loads at least this many tokens' worth of pages")
+    add("--page_size", type=int, default=retro.page_size, help="tokens per page, a power of two")
     add("--dense_layers", type=int, default=retro.dense_layers, help="first layers that attend to everything")
     add("--impl", choices=["auto", "torch", "triton"], default=retro.impl, help="auto is triton on a GPU, torch elsewhere")
-    add(
-        "--trace",
-        nargs="?",
-        const="",
-        metavar="LAYER[:HEAD]",
-        help="draw what a step loads and revises in one layer and KV head, both from 0, about ten times in a run; alone: the "
-        "first sparse layer, head 0",
-    )
-    add("--chat", action="store_true", help="the prompt is a user's message, the text the assistant's answer")
-    return parser.parse_args(argv)
-
-
-def read_prompt(prompt: str) -> str:
-    if prompt != "-" and not prompt.startswith("FILE:"):
-        return prompt
-    name = "stdin" if prompt == "-" else prompt.removeprefix("FILE:")
-    try:
-        data = sys.stdin.buffer.read() if prompt == "-" else Path(name).read_bytes()
-        return data.decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"prompt file {name}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {name}: not UTF-8 at byte {error.start}") from None
 
 
 def choose_device(name: str) -> torch.device:
-    present = ["cpu"]
-    if torch.backends.mps.is_available():
-        present.insert(0, "mps")
-    present = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + present
-    if name == "auto":
-        return torch.device(present[0])
+    present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    present += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     try:
-        device = torch.device(name)
+        device = torch.device(present[0] if name == "auto" else name)
     except RuntimeError:
         raise ValueError(f"device {name!r}: unknown; this machine has {', '.join(present)}") from None
     if device.type not in present and f"{device.type}:{device.index or 0}" not in present:
@@ -93,81 +55,168 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def retro_config(args: argparse.Namespace) -> RetroConfig:
-    return RetroConfig(
-        page_size=args.page_size,
-        budget=args.budget,
-        min_tokens=args.min_tokens,
-        window=1 if args.attention == "quest" and args.window >= 1 else args.window,
-        dense_layers=args.dense_layers,
-        impl=args.impl,
+def retro_config(args: argparse.Namespace, window: int) -> RetroConfig:
+    names = ("page_size", "budget", "min_tokens", "dense_layers", "impl")
+    return RetroConfig(window=window, **{name: getattr(args, name) for name in names})
+
+
+def load(args: argparse.Namespace) -> tuple[LlamaConfig, Tokenizer, torch.device, torch.dtype]:
+    """All about the model but its weights, which take the longest: a mistake is said before they are read."""
+    device = choose_device(args.device)
+    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    config, tok = read_checkpoint(args.checkpoint)[0], Tokenizer.from_checkpoint(args.checkpoint)
+    need(
+        args.dense_layers <= config.n_layer,
+        f"dense_layers must be between 0 and the model's {config.n_layer} layers, not {args.dense_layers}",
     )
+    return config, tok, device, dtype
 
 
-class Report:
-    """Counts while the text is made: time, tokens, and how much of the KV cache each decode step reads."""
+def read_text(path: str, name: str) -> str:
+    """The text of a file, of stdin for -. ValueError by `name` if it cannot be read."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return data.decode("utf-8-sig")  # a byte order mark is not text
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 at byte {error.start}") from None
 
-    def __init__(self, decoder: Decoder, prompt_len: int):
-        self.decoder, self.prompt_len = decoder, prompt_len
-        self.start = time.perf_counter()
-        self.first = self.last = None  # when the first and the newest token came
-        self.steps = 0  # those that made a token, the prompt's included
-        self.tokens = 0  # of all texts; a text that has ended makes none
 
-    def step(self, tokens: int):
-        self.last = time.perf_counter()
-        self.first = self.first or self.last
-        self.steps += 1
-        self.tokens += tokens
-        if self.steps in (1, 3):  # the pace is that after the first two decode steps, in which a GPU compiles and captures
-            self.paced_from, self.paced_before = self.last, self.tokens
+def exit_code(name: str, run: Callable[[], int]) -> int:
+    """Runs a command. A mistake of the user's and a lack of memory become one line; other errors are ours: a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+    try:
+        return run()
+    except BrokenPipeError:  # the reader of our stdout has gone: nothing is left to say, not even by Python at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:  # OSError: a file that may not be read
+        if isinstance(error, RuntimeError) and not re.search("out of memory|(allocate|enough) memory", str(error)):
+            raise
+        print(f"{name}: error:", str(error).split("\n")[0], file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
-    def lines(self) -> list[str]:
-        n = self.steps
-        if n == 0:
-            return ["no tokens"]
-        timed, seconds = self.tokens - self.paced_before, self.last - self.paced_from
-        pace = f"{timed / seconds:.1f} tokens/s" if seconds else "too few for a pace"
-        out = [
-            f"{self.tokens} tokens, {pace}, prompt of {self.prompt_len} tokens read in {self.first - self.start:.2f} s; "
-            f"context {self.prompt_len + n} of {self.decoder.model.config.max_seq_len}"
-        ]
-        # The first token comes out of the prefill, so n tokens took n - 1 decode steps.
-        steps = range(self.prompt_len, self.prompt_len + n - 1)
-        return out + self.sparsity(steps) if steps else out
 
-    def sparsity(self, steps: range) -> list[str]:
-        """Pages and bytes that the steps read, from the positions alone; exposure as the layers counted it."""
-        retro, layers = self.decoder.retro, self.decoder.layers
-        held = sum(t // retro.page_size + 1 for t in steps)
-        sparse = [layer.cache for layer in layers if not layer.dense]
-        if not sparse:
-            return [f"full attention: all of {held / len(steps):.1f} pages read"]
-        read = sum(retro.pages_selected(t) for t in steps)
-        # A page has ps keys and values; its bounds are two vectors more, which the choice of pages reads for all pages held.
-        share = (read + held / retro.page_size) / held
-        overall = (share * len(sparse) + len(layers) - len(sparse)) / len(layers)
-        loaded, first_seen = sum(cache.totals.sum((0, 1)) for cache in sparse).tolist()
-        name = "RetroAttention" if retro.window > 1 else "Quest"
-        return [
-            f"{name}, window {retro.window}: {read / len(steps):.1f} of {held / len(steps):.1f} pages read a step and KV head "
-            f"in {len(sparse)} sparse layers, {len(layers) - len(sparse)} dense",
-            f"KV bytes read {overall:.0%} of full attention's (sparse layers {share:.0%}, page bounds included); "
-            f"effective exposure {1 + first_seen / loaded:.2f}x of the pages a query loaded itself",
-        ]
+def exposure_of(decoder: Decoder) -> float:
+    """Effective exposure: pages that a query has met in the end, in units of those that its own step loaded."""
+    loaded, first_seen = sum(layer.cache.totals.sum((0, 1)) for layer in decoder.layers if not layer.dense).tolist()
+    return 1 + first_seen / loaded
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The text, and the report on it
+
+
+class TextStream:
+    """Ids, one after the other -> the text that each adds, by the tokenizer's `decode` alone.
+
+    The text of one token cannot be printed by itself: a character may be spread over several tokens (byte-level BPE), and
+    decoding may drop the space in front of the first token (SentencePiece). So a token is decoded together with those before
+    it, ids[a:b], whose text is printed already, and what is new is the difference. As long as the end is U+FFFD the character
+    is not complete, and nothing is printed. Only the latest few tokens are decoded, however long the text is.
+    """
+
+    def __init__(self, tok: Tokenizer, prompt: list[int]):
+        self.decode, self.ids, self.text = tok.decode, prompt[-8:], ""
+        self.a, self.b = 0, len(self.ids)
+
+    def add(self, token: int) -> str:
+        self.ids.append(token)
+        return "" if self.decode(self.ids[self.a :]).endswith("\ufffd") else self.flush()
+
+    def flush(self) -> str:
+        """What is not printed yet, complete or not."""
+        new = self.decode(self.ids[self.a :])[len(self.decode(self.ids[self.a : self.b])) :]
+        if new:
+            self.a, self.b = self.b, len(self.ids)
+        self.text += new
+        return new
+
+
+def report(decoder: Decoder, prompt_len: int, start: float, made: list[tuple[float, int]]) -> list[str]:
+    """What to say at the end. `made`: of each step that made tokens, the prompt's first, its time and the number of tokens."""
+    if not made:
+        return ["no tokens"]
+    times, tokens = zip(*made, strict=True)
+    warm = 3 if len(made) > 2 else 1  # the pace is that after the first two decode steps, in which a GPU compiles and captures
+    seconds = times[-1] - times[warm - 1]
+    pace = f"{sum(tokens[warm:]) / seconds:.1f} tokens/s" if seconds else "too few for a pace"
+    out = [
+        f"{sum(tokens)} tokens, {pace}, prompt of {prompt_len} tokens read in {times[0] - start:.2f} s; "
+        f"context {prompt_len + len(made)} of {decoder.model.config.max_seq_len}"
+    ]
+    # The first token comes out of the prefill, so n tokens took n - 1 decode steps.
+    steps = range(prompt_len, prompt_len + len(made) - 1)
+    return out + sparsity(decoder, steps) if steps else out
+
+
+def sparsity(decoder: Decoder, steps: range) -> list[str]:
+    """Pages and bytes that the steps read, from the positions alone; exposure as the layers counted it."""
+    retro, layers, dense = decoder.retro, len(decoder.layers), decoder.retro.dense_layers
+    held, loaded, bounds = (sum(counts) for counts in zip(*map(retro.kv_tokens, steps), strict=True))
+    pages_held, pages_loaded = (tokens / retro.page_size / len(steps) for tokens in (held, loaded))
+    if dense == layers:
+        return [f"full attention: all of {pages_held:.1f} pages read"]
+    share, exposure = (loaded + bounds) / held, exposure_of(decoder)
+    overall = (share * (layers - dense) + dense) / layers
+    return [
+        f"{'RetroAttention' if retro.window > 1 else 'Quest'}, window {retro.window}: {pages_loaded:.1f} of {pages_held:.1f} "
+        f"pages read per step and KV head in {layers - dense} sparse layers, {dense} dense",
+        f"KV bytes read {overall:.0%} of full attention's (sparse layers {share:.0%}, page bounds included); "
+        f"effective exposure {exposure:.2f}x of the pages a query loaded itself",
+    ]
+
+
+def size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 0.9995e9 else f"{nbytes / 1e6:.3g} MB"
+
+
+def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, device: torch.device, dtype: torch.dtype) -> str:
+    """A line on what the weights and the caches of B texts of `length` tokens take. ValueError if the device has less."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Llama(config).parameters())
+    sparse, (held, _, bounds) = config.n_layer - retro.dense_layers, retro.kv_tokens(length - 1)
+    token = 2 * B * config.n_kv_head * config.head_size * dtype.itemsize  # a key and a value in one layer
+    weights, kv, bounds = parameters * dtype.itemsize, config.n_layer * held * token, sparse * bounds * token
+    outputs = sparse * B * retro.window * config.n_head * (config.head_size + 1) * 4
+    line = (
+        f"{parameters / 1e6:.1f} M parameters in {str(dtype).removeprefix('torch.')}, {size(weights)}; "
+        f"for {B} x {length} tokens {size(kv)} of KV, {size(bounds)} of page bounds, {size(outputs)} of output cache"
+    )
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return line
+    if weights + kv + bounds + outputs > available:
+        pages = max(0, available - weights - outputs) * (held // retro.page_size) // (kv + bounds)
+        fits = pages * retro.page_size
+        raise ValueError(f"{line}: more than the {size(available)} of {device}, where at most {fits} tokens each would fit")
+    return line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --trace
 
 
 def trace_target(value: str, config: LlamaConfig, retro: RetroConfig) -> tuple[int, int]:
     """LAYER[:HEAD] -> layer and KV head; empty is the first sparse layer. ValueError unless the model has it, and sparse."""
-    if retro.dense_layers == config.n_layer:
-        raise ValueError(f"trace: nothing to draw, all {config.n_layer} layers are dense (--attention full, --dense_layers)")
+    need(
+        retro.dense_layers < config.n_layer,
+        f"trace: nothing to draw, all {config.n_layer} layers are dense (--attention full, --dense_layers)",
+    )
     match = re.fullmatch(r"(\d+)(?::(\d+))?", value or str(retro.dense_layers))
     layer, head = (int(number or 0) for number in match.groups()) if match else (-1, -1)
-    if not (retro.dense_layers <= layer < config.n_layer and 0 <= head < config.n_kv_head):
-        raise ValueError(
-            f"trace must be LAYER or LAYER:HEAD, a sparse layer between {retro.dense_layers} and {config.n_layer - 1} "
-            f"and a KV head between 0 and {config.n_kv_head - 1}, not {value!r}"
-        )
+    need(
+        retro.dense_layers <= layer < config.n_layer and 0 <= head < config.n_kv_head,
+        f"trace must be LAYER or LAYER:HEAD, a sparse layer between {retro.dense_layers} and {config.n_layer - 1} "
+        f"and a KV head between 0 and {config.n_kv_head - 1}, not {value!r}",
+    )
     return layer, head
 
 
@@ -192,7 +241,11 @@ def revisions(step: Step, page_size: int) -> torch.Tensor:
         old, new = old.cpu().double(), new.cpu().double()
         return (new - old).norm(dim=-1) / old.norm(dim=-1)
 
-    pages, last_loaded, rows = step.pages[0, :, None].cpu(), step.last_loaded[0, :, None].cpu(), torch.arange(step.t - R, step.t)[:, None]
+    pages, last_loaded, rows = (
+        step.pages[0, :, None].cpu(),
+        step.last_loaded[0, :, None].cpu(),
+        torch.arange(step.t - R, step.t)[:, None],
+    )
     new = ((pages * page_size <= rows) & (last_loaded < rows)).sum(dim=-1)  # (n_kv_head, R)
     # exp(lse_before) of exp(lse_after) was there before. A row only gains keys: below 0 there is but rounding.
     before, after = (by_head(past.lse[0].cpu().double()) for past in (step.before, step.after))  # (n_kv_head, R, G)
@@ -236,14 +289,14 @@ class Trace:
     def picture(self) -> list[str]:
         """A heading, the strip of the newest row, and for each past row its strip and its numbers."""
         t, held, loaded = self.step.t, self.step.t // self.page_size + 1, self.step.pages.shape[2]
-        scale = -(-held // self.strip)  # pages a character
+        scale = -(-held // self.strip)  # pages per character
         names, numbers = ["mass", "output"], self.revised[self.layer][:3, self.head]  # (3, R)
         if self.layer < self.last:
             above = self.layer + 1
             names += [f"L{above} K", f"L{above} V"]
             numbers = torch.cat((numbers, self.revised[above][3:].mean(dim=1)))  # (5, R)
         columns = "  new" + "".join(f"{name:>8}" for name in names) if self.window > 1 else ""
-        pages = "1 page a character" if scale == 1 else f"{scale} pages a character"
+        pages = "1 page per character" if scale == 1 else f"{scale} pages per character"
         lines = [
             f"position {t}, layer {self.layer}, KV head {self.head}: {loaded} of {held} pages loaded, {pages}",
             f"{'row':5} {'token':10} |{'context':{self.strip}}|{columns}",
@@ -294,126 +347,105 @@ class Trace:
         return lines
 
 
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and re.search("out of memory|(allocate|enough) memory", str(error)) is not None
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
 
 
-def size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 0.9995e9 else f"{nbytes / 1e6:.3g} MB"
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    retro = RetroConfig()
+    parser = Parser(description="Generate text with RetroAttention.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--prompt", default="", help="text to continue; FILE:path reads a file, - reads stdin, empty starts from nothing")
+    add("--chat", action="store_true", help="the prompt is a user's message, the text the assistant's answer")
+    add("--system", default=None, metavar="TEXT", help="with --chat: a system message in front")
+    add("--max_new_tokens", type=int, default=500, help="length of the text at most")
+    add("--num_samples", type=int, default=1, help="texts to make side by side, as one batch")
+    add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    add("--top_k", type=int, default=None, help="sample from the k likeliest tokens only")
+    add("--top_p", type=float, default=0.95, help="sample from the likeliest tokens that together have this probability")
+    add("--seed", type=int, default=1337, help="same seed, same text")
+    add("--attention", choices=["retro", "quest", "full"], default="retro", help="quest is retro with a window of 1")
+    add("--window", type=int, default=retro.window, help="rows that a step carries, the new token included: the paper's w")
+    add_method_options(add, retro)
+    what = "draw what a step loads and revises in one layer and KV head, both from 0, about ten times in a run"
+    add("--trace", nargs="?", const="", metavar="LAYER[:HEAD]", help=f"{what}; alone: the first sparse layer, head 0")
+    return parser.parse_args(argv)
 
 
-def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, device: torch.device, dtype: torch.dtype) -> str:
-    """A line on what the weights and the caches of B texts of `length` tokens take. ValueError if the device has less."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Llama(config).parameters())
-    sparse = config.n_layer - retro.dense_layers
-    vector = B * config.n_kv_head * config.head_size * dtype.itemsize  # a layer's keys of one position, or its values
-    kv_token, bounds_token = 2 * config.n_layer * vector, 2 * sparse * vector / retro.page_size
-    held = -(-length // retro.page_size) * retro.page_size  # tokens in whole pages
-    weights, kv, bounds = parameters * dtype.itemsize, kv_token * held, bounds_token * held
-    outputs = sparse * B * retro.window * config.n_head * (config.head_size + 1) * 4
-    line = (
-        f"{parameters / 1e6:.1f} M parameters in {str(dtype).removeprefix('torch.')}, {size(weights)}; "
-        f"for {B} x {length} tokens {size(kv)} of KV, {size(bounds)} of page bounds, {size(outputs)} of output cache"
-    )
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0]
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return line
-    if weights + kv + bounds + outputs > available:
-        fits = max(0, int((available - weights - outputs) / (kv_token + bounds_token) / retro.page_size) * retro.page_size)
-        raise ValueError(f"{line}: more than the {size(available)} of {device}, where at most {fits} tokens each would fit")
-    return line
-
-
-def load(args: argparse.Namespace) -> tuple[LlamaConfig, Tokenizer]:
-    """What can be known before the weights are read."""
-    config, tok = read_checkpoint(args.checkpoint)[0], Tokenizer.from_checkpoint(args.checkpoint)
-    if tok.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"checkpoint {args.checkpoint}: its tokenizer has {tok.vocab_size} tokens with the special ones, "
-            f"the model {config.vocab_size}: they do not belong together"
-        )
-    if args.dense_layers > config.n_layer:
-        raise ValueError(f"dense_layers must be between 0 and the model's {config.n_layer} layers, not {args.dense_layers}")
-    return config, tok
-
-
-def show(stream, prompt: str, tok: Tokenizer, num_samples: int, report: Report) -> int:
-    """Prints the text while it grows; of several, the first, and the others when all are done. Returns the exit code."""
-    texts = [[] for _ in range(num_samples)]
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be spread over several tokens
-    code = 0
+def show(decoder: Decoder, stream, prompt: str, texts: list[TextStream], stop_tokens: list[int]):
+    """Prints the text while it grows; of several, the first, and the others when all are done. Returns the exit code, and the
+    time of each step and how many tokens it made; a text that has ended makes none."""
+    code, made = 0, []
     try:
         print(prompt, end="", flush=True)
         for tokens in stream:
-            going = [(text, token) for text, token in zip(texts, tokens.tolist(), strict=True) if token not in tok.stop_tokens]
-            report.step(len(going))
+            decoder.check_finite()
+            going = [(text, token) for text, token in zip(texts, tokens.tolist(), strict=True) if token not in stop_tokens]
+            made.append((time.perf_counter(), len(going)))
             for text, token in going:
-                text.append(token)
+                new = text.add(token)
                 if text is texts[0]:
-                    print(utf8.decode(tok.token_bytes(token)), end="", flush=True)
+                    print(new, end="", flush=True)
     except KeyboardInterrupt:
         code = 130
-    print(utf8.decode(b"", final=True))
+    print(texts[0].flush())
     for text in texts[1:]:
-        print(f"---------------\n{prompt}{tok.decode(text)}")
+        text.flush()
+        print(f"---------------\n{prompt}{text.text}")
     print(end="", flush=True)
-    return code
+    return code, made
+
+
+def prompt_ids(args: argparse.Namespace, config: LlamaConfig, tok: Tokenizer) -> tuple[str, list[int]]:
+    """The prompt's text, as it is to be shown, and its ids."""
+    prompt = args.prompt
+    if prompt == "-" or prompt.startswith("FILE:"):
+        path = prompt.removeprefix("FILE:")
+        prompt = read_text(path, f"prompt file {path}")
+    for name, text in (("prompt", prompt), ("system", args.system or "")):
+        need(not re.search("[\ud800-\udfff]", text), f"{name} is not UTF-8")  # as Python keeps bytes that are not
+    need(args.chat or args.system is None, "system: a system message needs --chat")
+    said = [("system", args.system), ("user", prompt)] if args.system is not None else [("user", prompt)]
+    ids = tok.chat(said) if args.chat else tok.encode(prompt, bos=True)
+    need(ids, "prompt must not be empty: this tokenizer has no begin-of-text token to start from")
+    need(max(ids) < config.vocab_size, f"prompt has token {max(ids)}: the model knows {config.vocab_size} tokens only")
+    most = config.max_seq_len - 1
+    need(len(ids) <= most, f"the prompt has {len(ids)} tokens: must be between 1 and {most}, one less than the context")
+    return "" if args.chat else prompt, ids
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.num_samples < 1:
-        raise ValueError(f"num_samples must be >= 1, not {args.num_samples}")
-    device, retro, prompt = choose_device(args.device), retro_config(args), read_prompt(args.prompt)
-    config, tok = load(args)
+    need(args.num_samples >= 1, f"num_samples must be >= 1, not {args.num_samples}")
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    check_sampling(args.max_new_tokens, **sampling)  # here and not only in `stream`: before the weights are read
+    retro = retro_config(args, window=1 if args.attention == "quest" and args.window >= 1 else args.window)
+    config, tok, device, dtype = load(args)
     if args.attention == "full":
         retro = replace(retro, window=1, dense_layers=config.n_layer)
     target = trace_target(args.trace, config, retro) if args.trace is not None else None
-    ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
-    if not ids:
-        raise ValueError("prompt must not be empty: this tokenizer has no begin-of-text token to start from")
+    prompt, ids = prompt_ids(args, config, tok)
     # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
-    length = min(len(ids) + max(1, args.max_new_tokens), config.max_seq_len)
-    dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    length = min(len(ids) + args.max_new_tokens, config.max_seq_len)
     memory = check_memory(config, retro, args.num_samples, length, device, dtype)
     model = Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype)
-    try:
-        decoder = Decoder(model, args.num_samples, retro, max_seq_len=length)
-        idx = torch.tensor([ids] * args.num_samples, device=device)  # (B, T)
-        report = Report(decoder, len(ids))
-        sampling = (args.temperature, args.top_k, args.top_p, args.seed)
-        stream = decoder.stream(idx, args.max_new_tokens, *sampling, stop_tokens=tok.stop_tokens)
-        print(memory, file=sys.stderr)
-        trace = target and Trace(decoder, tok, len(ids), length - len(ids), *target)
-        if trace:
-            print("\n".join(trace.legend()), file=sys.stderr)
-        code = show(stream, "" if args.chat else prompt, tok, args.num_samples, report)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise ValueError(f"not enough memory on {device} for num_samples {args.num_samples} of {length} tokens") from None
-    if report.steps == config.max_seq_len - len(ids):
+    decoder = Decoder(model, args.num_samples, retro, max_seq_len=length)
+    idx = torch.tensor([ids] * args.num_samples, device=device)  # (B, T)
+    stream = decoder.stream(idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens)
+    print(memory, file=sys.stderr)
+    trace = target and Trace(decoder, tok, len(ids), length - len(ids), *target)
+    if trace:
+        print("\n".join(trace.legend()), file=sys.stderr)
+    texts, start = [TextStream(tok, ids) for _ in range(args.num_samples)], time.perf_counter()
+    code, made = show(decoder, stream, prompt, texts, tok.stop_tokens)
+    if len(made) == config.max_seq_len - len(ids):
         print(f"The context of {config.max_seq_len} tokens is full.", file=sys.stderr)
-    print("\n".join((trace.summary() if trace else []) + report.lines()), file=sys.stderr)
+    lines = (trace.summary() if trace else []) + report(decoder, len(ids), start, made)
+    print("\n".join(lines), file=sys.stderr)
     return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
-    try:
-        return run(parse_args(argv))
-    except BrokenPipeError:  # the reader of our stdout has gone: nothing is left to say, not even by Python at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:  # OSError: a file that may not be read
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code("sample.py", lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

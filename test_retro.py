@@ -27,6 +27,9 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch read it: small tensors are slower on two threads
 
 import numpy as np
 import pytest
@@ -47,6 +50,7 @@ if importlib.util.find_spec("triton"):
 
 TINY = Path(__file__).parent / "tiny"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The smallest budget that leaves a choice of pages. Tests replace what they are about and take the rest from here.
 SPARSE = RetroConfig(page_size=8, budget=0.2, min_tokens=16, window=4, dense_layers=1)
 
 
@@ -55,7 +59,7 @@ SPARSE = RetroConfig(page_size=8, budget=0.2, min_tokens=16, window=4, dense_lay
 
 
 def rope_frequencies(config):
-    """Radians a token of each pair, with Llama 3.1's scaling as its three cases: short, long and middling wavelengths."""
+    """Radians per token of each pair, with Llama 3.1's scaling as its three cases: short, long and middling wavelengths."""
     result = []
     for i in range(0, config.head_size, 2):
         freq = config.rope_theta ** (-i / config.head_size)
@@ -125,8 +129,12 @@ def oracle_attend(q, s, rows, retro, dense):
     return s.num[:, :, :, rows] / s.den[:, :, :, rows, None]
 
 
-def oracle(model, retro, tokens, prompt_len):
-    """Teacher-forced decoding of (B, T) tokens: logits after positions prompt_len-1 .. T-1, and each layer's state."""
+def oracle(model, retro, tokens, prompt_len, rewind=()):
+    """Teacher-forced decoding of (B, T) tokens: logits after positions prompt_len-1 .. T-1, and each layer's state.
+
+    With `rewind` = (a, b, text) it is `text` up to position a. Then all later than b is forgotten, the window that ends at b is
+    attended to densely once more, and `tokens` go on from b + 1. The logits are those of all passes, one after the other.
+    """
     c, w, tokens = model.config, {n: p.double().numpy() for n, p in model.weights().items()}, tokens.numpy()
     (B, T), heads, hs = tokens.shape, (c.n_kv_head, c.n_head // c.n_kv_head), c.head_size
     layers = [
@@ -136,18 +144,23 @@ def oracle(model, retro, tokens, prompt_len):
         )
         for _ in range(c.n_layer)
     ]  # fmt: skip
-    logits = []
-    for t in range(prompt_len - 1, T):
-        prefill = t < prompt_len
-        rows = np.arange(0 if prefill else max(0, t - retro.window + 1), t + 1)
-        x = w["tok_embeddings.weight"][tokens[:, rows]]  # (B, rows, dim): past rows start from their ids again
+    logits, passes = [], [(t, t < prompt_len, tokens) for t in range(prompt_len - 1, T)]  # position, all layers dense, text
+    if rewind:
+        last, back, text = rewind
+        passes = [(t, t < prompt_len, text.numpy()) for t in range(prompt_len - 1, last + 1)]
+        passes += [(t, t == back, tokens) for t in range(back, T)]
+    for n, (t, dense, text) in enumerate(passes):
+        rows = np.arange(max(0, t - retro.window + 1) if n else 0, t + 1)
+        x = w["tok_embeddings.weight"][text[:, rows]]  # (B, rows, dim): past rows start from their ids again
         for i, s in enumerate(layers):
             name = f"layers.{i}."
+            if n and dense:  # rewound
+                s.num[:, :, :, t + 1 :], s.den[:, :, :, t + 1 :], s.seen[:, :, t + 1 :] = 0, 0, False
             y = rms_norm(x, w[name + "attention_norm.weight"], c.norm_eps)
             q, k, v = ((y @ w[f"{name}attention.w{m}.weight"].T).reshape(B, len(rows), -1, hs) for m in "qkv")
             q = rotate(q, rows, c).reshape(B, len(rows), *heads, hs).transpose(0, 2, 3, 1, 4)
             s.k[:, :, rows], s.v[:, :, rows] = rotate(k, rows, c).swapaxes(1, 2), v.swapaxes(1, 2)
-            o = oracle_attend(q, s, rows, retro, prefill or i < retro.dense_layers)
+            o = oracle_attend(q, s, rows, retro, dense or i < retro.dense_layers)
             x = x + o.transpose(0, 3, 1, 2, 4).reshape(B, len(rows), -1) @ w[name + "attention.wo.weight"].T
             x = x + swiglu(rms_norm(x, w[name + "ffn_norm.weight"], c.norm_eps), w, name + "feed_forward.")
         head = w["tok_embeddings.weight" if c.tie_embeddings else "output.weight"]
@@ -159,6 +172,27 @@ def oracle(model, retro, tokens, prompt_len):
 # Helpers
 
 
+def refused(call, message):
+    """A ValueError that names what is wrong, not an error from somewhere inside PyTorch."""
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def run_main(main, args, capsys):
+    """Runs a command line: exit code, stdout, stderr."""
+    try:
+        code = main(args)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def refused_in_a_line(result, message):
+    """Exit code 2, nothing on stdout, and on stderr a single line that matches."""
+    code, out, error = result
+    assert code == 2 and not out and error.count("\n") == 1 and re.search(message, error), error
+
+
 def random_model(n_head=6, n_kv_head=2, hs=32, n_layer=3, max_seq_len=256, seed=0, **kwargs):
     """A small random model in float64 whose attention is sharp enough for the choice of pages to matter."""
     torch.manual_seed(seed)
@@ -167,7 +201,7 @@ def random_model(n_head=6, n_kv_head=2, hs=32, n_layer=3, max_seq_len=256, seed=
     for name, p in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(p, 0.5, 1.5)
-        elif name.endswith(("wqkv.weight",)):
+        elif name.endswith("wqkv.weight"):
             p.data *= 3
     return model.eval().requires_grad_(False)
 
@@ -176,20 +210,33 @@ def random_tokens(B, T, seed=0):
     return torch.randint(61, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
+def random_qkv(B=2, T=75, n_head=6, n_kv_head=2, hs=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, T, n, hs, generator=generator, dtype=torch.float64) * 1.5 for n in (n_head, n_kv_head, n_kv_head)]
+
+
 def start(model, retro, tokens, prompt_len, fill=math.nan):
-    """A decoder after its prefill. All memory of its caches held `fill` before: nothing may depend on it."""
+    """A decoder after its prefill, if any, and its logits. All memory of its caches held `fill` before: nothing may depend on
+    it."""
     decoder = Decoder(model, len(tokens), retro, max_seq_len=min(model.config.max_seq_len, tokens.shape[1] + 40))
     for layer in decoder.layers:
         for x in (layer.cache.k, layer.cache.v, layer.cache.k_min, layer.cache.k_max):
             if x is not None:
                 x.fill_(fill)
-    return decoder, decoder.prefill(tokens[:, :prompt_len])
+    return decoder, decoder.prefill(tokens[:, :prompt_len]) if prompt_len else None
 
 
 def decode(model, retro, tokens, prompt_len, fill=math.nan):
-    """The same as `oracle`, by the module: logits (B, T - prompt_len + 1, vocab) and the decoder."""
+    """The same as `oracle`, by the module: logits (B, T - prompt_len + 1, vocab) and the decoder. A text may begin without a
+    prompt."""
     decoder, first = start(model, retro, tokens, prompt_len, fill)
-    return torch.stack([first] + [decoder.step(tokens[:, i]) for i in range(prompt_len, tokens.shape[1])], 1), decoder
+    steps = [decoder.step(tokens[:, i]) for i in range(prompt_len, tokens.shape[1])]
+    return torch.stack([first, *steps] if prompt_len else steps, 1), decoder
+
+
+def by_position(cache):
+    """Copies of keys and values, (B, n_kv_head, positions, hs) each."""
+    return cache.k.flatten(2, 3).clone(), cache.v.flatten(2, 3).clone()
 
 
 def new_layer(retro, q, k, max_seq_len=128):
@@ -198,11 +245,6 @@ def new_layer(retro, q, k, max_seq_len=128):
         retro, dense=False, batch_size=len(q), n_head=q.shape[2], n_kv_head=k.shape[2], head_size=q.shape[3],
         max_seq_len=max_seq_len, device="cpu", dtype=q.dtype,
     )  # fmt: skip
-
-
-def random_qkv(B=2, T=75, n_head=6, n_kv_head=2, hs=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(B, T, n, hs, generator=generator, dtype=torch.float64) * 1.5 for n in (n_head, n_kv_head, n_kv_head)]
 
 
 def run_layer(retro, q, k, v, prompt_len):
@@ -215,10 +257,31 @@ def run_layer(retro, q, k, v, prompt_len):
         yield t, layer.decode(q[:, rows], k[:, rows], v[:, rows], cos, sin, torch.tensor(t)), layer
 
 
+def pages_met(loads, row, until, prompt_len):
+    """Pages that a row has met after step `until`, (B, n_kv_head, P) bool: all, if it is the prompt's, and what the steps
+    since have loaded. `loads[t]` are the pages that the module says it loaded at step t, whatever they are."""
+    met = torch.full_like(loads[until], row < prompt_len)
+    for step in range(max(row, prompt_len), until + 1):
+        met |= loads[step]
+    return met
+
+
 def softmax_over(q, k, v, keys):
     """Attention of one query q (hs) over the positions `keys` of k, v (T, hs): output and log of the sum of exp."""
     e = np.exp(k.numpy()[keys] @ q.numpy() / math.sqrt(len(q)))
     return e @ v.numpy()[keys] / e.sum(), math.log(e.sum())
+
+
+def check_output(o, q, k, v, t, kept, tol=1e-11):
+    """o (B, n_head, hs) is attention of position t's q over the positions kept(b, KV head) of k and v."""
+    for b, head in np.ndindex(2, 6):
+        close(o[b, head], softmax_over(q[b, t, head], k[b, :, head // 3], v[b, :, head // 3], kept(b, head // 3))[0], tol)
+
+
+def quest_bounds(q, k, t):
+    """Quest's bound for each page up to position t, from its paper: q (G, hs) of one KV head, k (T, hs), pages of 8."""
+    pages = [k[first : min(first + 8, t + 1)] for first in range(0, t + 1, 8)]
+    return [sum(torch.maximum(x * page.amin(0), x * page.amax(0)).sum().item() for x in q) for page in pages]
 
 
 def close(a, b, tol):
@@ -238,59 +301,39 @@ def test_bounds_hold_and_are_tight_after_every_overwriting_step():
         decoder.step(tokens[:, t])
         for layer in decoder.layers[1:]:
             cache, q = layer.cache, torch.randn(2, 1, 6, 32, dtype=torch.float64)
-            keys = cache.k.flatten(2, 3)[:, :, : t + 1].numpy()
-            bounds = score(q, cache, torch.tensor(t))
-            total = np.zeros(bounds.shape)
-            for g in range(3):  # the query heads of a KV head: 0 .. 2 share the first
-                one = q[:, 0, g::3].numpy()  # (B, n_kv_head, hs)
-                for j in range(t // 8 + 1):
-                    page = keys[:, :, j * 8 : j * 8 + 8]
-                    close(cache.k_min[:, :, j], page.min(2), 0)
-                    close(cache.k_max[:, :, j], page.max(2), 0)
-                    bound = np.maximum(one * page.min(2), one * page.max(2)).sum(-1)
-                    assert (np.einsum("bhd,bhkd->bhk", one, page) <= bound[..., None] + 1e-12).all()
-                    total[:, :, j] += bound
-            close(bounds, total, 1e-12)
-
-
-def test_store_shrinks_the_bounds_when_a_key_is_overwritten():
-    """Invariant 1. A key of 100 is replaced by 1: the page's bounds must forget the 100, and other pages keep theirs."""
-    q, k, v = random_qkv(T=20)
-    cache = new_layer(SPARSE, q, k).cache
-    k[:, 17] = 100
-    store(k, v, cache, 19)
-    before = cache.k_max[:, :, :2].clone()
-    k[:, 17:] = 1
-    store(k[:, 17:], v[:, 17:], cache, 19)
-    close(cache.k_max[:, :, 2], k[:, 16:].amax(1), 0)
-    close(cache.k_min[:, :, 2], k[:, 16:].amin(1), 0)
-    assert torch.equal(cache.k_max[:, :, :2], before)
+            keys, total = by_position(cache)[0][:, :, : t + 1].numpy(), np.zeros((2, 2, t // 8 + 1))
+            for g, j in np.ndindex(3, t // 8 + 1):  # the query heads of a KV head: 0 .. 2 share the first
+                one, page = q[:, 0, g::3].numpy(), keys[:, :, j * 8 : j * 8 + 8]  # (B, n_kv_head, hs)
+                close(cache.k_min[:, :, j], page.min(2), 0)
+                close(cache.k_max[:, :, j], page.max(2), 0)
+                bound = np.maximum(one * page.min(2), one * page.max(2)).sum(-1)
+                assert (np.einsum("bhd,bhkd->bhk", one, page) <= bound[..., None] + 1e-12).all()
+                total[:, :, j] += bound
+            close(score(q, cache, torch.tensor(t)), total, 1e-12)
 
 
 def test_ties_go_to_the_lower_page_and_the_window_is_always_loaded():
     """Guards against topk's free choice among equals, and an off-by-one in the pages that the window touches."""
     q, k, v = random_qkv(T=100)
-    retro = RetroConfig(page_size=8, budget=0.3, min_tokens=16, window=4)
-    for t, _, layer in run_layer(retro, q, torch.zeros_like(k), v, prompt_len=30):
-        count, held, window = pages_to_load(retro, t)
-        others = [j for j in range(held) if j not in window]
-        expected = sorted(window) + others[: count - len(window)]
+    for t, _, layer in run_layer(SPARSE, q, torch.zeros_like(k), v, prompt_len=30):
+        count, held, window = pages_to_load(SPARSE, t)
+        others = [j for j in range(held) if j not in window][: count - len(window)]
+        assert others, "no choice of pages: the test is empty"
         for loaded in layer.cache.last_loaded.flatten(0, 1) == t:
-            assert loaded.nonzero().flatten().tolist() == sorted(expected)
+            assert loaded.nonzero().flatten().tolist() == sorted([*window, *others])
 
 
-def test_pages_selected_is_exact_in_decimal():
-    """0.07 * 100 pages is 7; in binary floating point 8. Then the floor, the window's older pages on top, all pages."""
-    assert RetroConfig(page_size=16, budget=0.07, min_tokens=1).pages_selected(1599) == 7
-    assert RetroConfig(page_size=16, budget=0.3, min_tokens=1).pages_selected(159) == 3
-    assert RetroConfig(page_size=16, budget=0.01, min_tokens=256).pages_selected(16 * 500 + 1) == 16
-    assert RetroConfig(page_size=16, budget=0.01, min_tokens=256).pages_selected(16 * 500) == 17
-    assert RetroConfig(page_size=8, budget=0.01, min_tokens=1, window=8).pages_selected(64) == 2
-    assert RetroConfig(page_size=8, budget=0.01, min_tokens=1, window=1).pages_selected(64) == 1
+@pytest.mark.parametrize("page_size, budget, min_tokens, W, t, pages", [
+    (16, 0.07, 1, 2, 1599, 7),  # 0.07 * 100 pages; in binary floating point 8
+    (16, 0.3, 1, 2, 159, 3), (16, 0.01, 256, 2, 8001, 16), (16, 0.01, 256, 2, 8000, 17),  # the window's older page on top
+    (8, 0.01, 1, 8, 64, 2), (8, 0.01, 1, 1, 64, 1),
+])  # fmt: skip
+def test_pages_selected_is_exact_in_decimal(page_size, budget, min_tokens, W, t, pages):
+    """The budget; then the floor, the window's older pages on top, all pages: by hand, and against the oracle's rule."""
+    assert RetroConfig(page_size, budget, min_tokens, W).pages_selected(t) == pages
     for hundredths in range(1, 101, 3):
-        for W in (1, 2, 8):
-            retro = RetroConfig(page_size=4, budget=hundredths / 100, min_tokens=9, window=W)
-            assert all(retro.pages_selected(t) == pages_to_load(retro, t)[0] for t in range(0, 400, 3))
+        retro = RetroConfig(page_size=4, budget=hundredths / 100, min_tokens=9, window=W)
+        assert all(retro.pages_selected(t) == pages_to_load(retro, t)[0] for t in range(0, 400, 3))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -303,22 +346,20 @@ def test_union(W, prompt_len):
 
     Guards against a missing causal mask, keys seen twice or never, a row that is not popped, and lse = 0 for an empty set.
     """
-    q, k, v = random_qkv()
-    retro, loads, gained = RetroConfig(page_size=8, budget=0.2, min_tokens=8, window=W), {}, 0
-    for t, o, layer in run_layer(retro, q, k, v, prompt_len):
-        loads[t] = layer.cache.last_loaded == t  # (B, n_kv_head, P): what the module says it loaded, whatever it is
+    (q, k, v), loads, gained = random_qkv(), {}, 0
+    for t, o, layer in run_layer(replace(SPARSE, window=W), q, k, v, prompt_len):
+        loads[t] = layer.cache.last_loaded == t  # (B, n_kv_head, P)
         row = t - W + 1  # leaves the window after this step
-        for b, head in np.ndindex(2, 6) if row >= 0 else ():
-            union = range(len(loads[t][0, 0])) if row < prompt_len else set()
-            own = set() if row < prompt_len else set(loads[row][b, head // 3].nonzero().flatten().tolist())
-            for step in range(max(row, prompt_len), t + 1):
-                union = {*union, *loads[step][b, head // 3].nonzero().flatten().tolist()}
-            out, lse = softmax_over(q[b, row, head], k[b, :, head // 3], v[b, :, head // 3],
-                                    [j for j in range(row + 1) if j // 8 in union])  # fmt: skip
+        if row < 0:
+            continue
+        met = pages_met(loads, row, t, prompt_len)
+        gained += (met & ~loads[row]).sum() if row >= prompt_len else 0
+        for b, head in np.ndindex(2, 6):
+            keys = [j for j in range(row + 1) if met[b, head // 3, j // 8]]
+            out, lse = softmax_over(q[b, row, head], k[b, :, head // 3], v[b, :, head // 3], keys)
             close(o[b, 0, head], out, 1e-12)
             close(layer.cache.lse[b, row % W, head], lse, 1e-12)
-            gained += len(union - own) if own else 0
-    assert W == 1 or gained > 100, "no row has learnt anything: the test is empty"
+    assert W == 1 or gained > 30, "no row has learnt anything: the test is empty"
 
 
 def test_merge_of_any_partition_is_the_whole():
@@ -339,18 +380,17 @@ def test_merge_of_any_partition_is_the_whole():
 
 def test_merge_with_empty_sets():
     """Invariant 3. Nothing merged in is the identity, bit for bit; nothing with nothing is o = 0, lse = -inf, and no NaN."""
-    o, lse = torch.randn(1, 5, 32).double(), torch.tensor([[-900.0, -1, 0, 1, 900]]).double()
-    none = torch.zeros_like(o), torch.full_like(lse, -torch.inf)
-    for pair in ((torch.cat((o, none[0])), torch.cat((lse, none[1]))), (torch.cat((none[0], o)), torch.cat((none[1], lse)))):
-        assert torch.equal(merge(*pair)[0], o[0]) and torch.equal(merge(*pair)[1], lse[0])
-    empty = merge(torch.cat((none[0], none[0])), torch.cat((none[1], none[1])))
-    assert (empty[0] == 0).all() and (empty[1] == -torch.inf).all()
+    some = torch.randn(1, 5, 32).double(), torch.tensor([[-900.0, -1, 0, 1, 900]]).double()
+    none = torch.zeros_like(some[0]), torch.full_like(some[1], -torch.inf)
+    for a, b, wanted in ((some, none, some), (none, some, some), (none, none, none)):
+        found = merge(*map(torch.cat, zip(a, b, strict=True)))
+        assert torch.equal(found[0], wanted[0][0]) and torch.equal(found[1], wanted[1][0])
 
 
 def test_attend_to_nothing():
     """Invariant 3. A past row for which no page is new, or that stands before the text, gets o = 0 and lse = -inf."""
     q, k, v = random_qkv(T=20)
-    cache = new_layer(RetroConfig(page_size=8, window=4), q, k).cache
+    cache = new_layer(SPARSE, q, k).cache
     store(k, v, cache, 19)
     pages, t = torch.arange(3).expand(2, 2, 3), torch.tensor(19)
     o, lse = attend(q[:, -4:], cache, pages, torch.full_like(pages, 18), t)
@@ -364,20 +404,14 @@ def test_attend_to_nothing():
 def test_window_one_is_quest():
     """Invariant 5. Against Quest written again from its paper, one head and one page at a time."""
     q, k, v = random_qkv(T=90)
-    for t, o, _ in run_layer(RetroConfig(page_size=8, budget=0.35, min_tokens=8, window=1), q, k, v, prompt_len=20):
-        last = t // 8
+    for t, o, _ in run_layer(replace(SPARSE, window=1, budget=0.35), q, k, v, prompt_len=20):
+        last, chosen = t // 8, {}
         for b, h in np.ndindex(2, 2):
-            ranked = []
-            for page in range(last):  # the last page is loaded without being asked
-                keys, bound = k[b, page * 8 : page * 8 + 8, h], 0.0
-                for x in q[b, t, h * 3 : h * 3 + 3]:
-                    bound += torch.maximum(x * keys.amin(0), x * keys.amax(0)).sum().item()
-                ranked.append((-bound, page))
+            bounds = quest_bounds(q[b, t, h * 3 : h * 3 + 3], k[b, :, h], t)
+            ranked = sorted(range(last), key=lambda j: (-bounds[j], j))  # noqa: B023
             budget = -(-35 * (last + 1) // 100)  # 35 % of the pages, rounded up
-            chosen = [last] + [page for _, page in sorted(ranked)[: budget - 1]]
-            keys = [j for j in range(t + 1) if j // 8 in chosen]
-            for head in range(h * 3, h * 3 + 3):
-                close(o[b, 0, head], softmax_over(q[b, t, head], k[b, :, h], v[b, :, h], keys)[0], 1e-12)
+            chosen[b, h] = [last, *ranked[: budget - 1]]  # the last page is loaded without being asked
+        check_output(o[:, 0], q, k, v, t, lambda b, h: [j for j in range(t + 1) if j // 8 in chosen[b, h]], 1e-12)  # noqa: B023
 
 
 @pytest.mark.parametrize("position", [30, 32, 35, 39, 40])
@@ -386,8 +420,7 @@ def test_a_past_row_never_sees_a_later_token(position):
 
     The page of `position` is loaded in both runs as long as an earlier row is in the window, so both load the same pages.
     """
-    q, k, v = random_qkv(T=60)
-    retro = RetroConfig(page_size=8, budget=0.2, min_tokens=8, window=8)
+    (q, k, v), retro = random_qkv(T=60), replace(SPARSE, window=8)
     k2, v2 = k.clone(), v.clone()
     k2[:, position] *= -3
     v2[:, position] += 5
@@ -401,14 +434,13 @@ def test_a_past_row_never_sees_a_later_token(position):
 
 def test_a_past_row_of_the_model_never_sees_a_later_token():
     """Invariant 6, through all layers; with all pages loaded, since the choice of pages does depend on the newest token."""
-    model, tokens, position = random_model(), random_tokens(2, 40), 26
+    model, tokens, position, recorded = random_model(), random_tokens(2, 40), 26, []
     other = tokens.clone()
     other[:, position] = (tokens[:, position] + 1) % 61
-    recorded = []
     model.layers[-1].attention.register_forward_hook(lambda module, args, x: recorded[-1].append(x.clone()))
     for run in (tokens, other):
         recorded.append([])
-        decode(model, RetroConfig(page_size=8, budget=1.0, window=4, dense_layers=0), run, 20)
+        decode(model, replace(SPARSE, budget=1.0, dense_layers=0), run, 20)
     for t, a, b in zip([19, *range(20, 40)], *recorded, strict=True):
         rows = torch.arange(20) if t == 19 else torch.arange(t - 3, t + 1)
         assert torch.equal(a[:, rows < position], b[:, rows < position])
@@ -419,20 +451,19 @@ def test_a_past_row_of_the_model_never_sees_a_later_token():
 # The model: limits, overwriting, memory
 
 
-@pytest.mark.parametrize("W", [1, 2, 4, 8, 100])
-@pytest.mark.parametrize("limits", [dict(budget=1.0, min_tokens=1), dict(budget=0.01, min_tokens=1000)])
-def test_all_pages_is_dense(W, limits):
-    """Invariant 4. With all pages loaded, for either reason, nothing is left to correct: the logits are dense attention's."""
-    model, tokens = random_model(), random_tokens(2, 50)
-    logits, _ = decode(model, RetroConfig(page_size=8, window=W, dense_layers=0, **limits), tokens, 13)
-    close(logits, model(tokens)[:, 12:], 1e-10)
+@pytest.mark.parametrize(
+    "budget, min_tokens", [(1.0, 1), (0.01, 1000), (None, None)], ids=["budget", "floor", "full attention"]
+)
+@pytest.mark.parametrize("W, prompt_len", [(1, 0), (2, 13), (4, 0), (4, 1), (8, 30), (100, 13)])
+def test_all_pages_is_dense(W, prompt_len, budget, min_tokens):
+    """Invariants 4 and 8. With all pages loaded, for whatever reason, nothing is left to correct: cached decoding is the
+    uncached forward pass.
 
-
-@pytest.mark.parametrize("prompt_len", [1, 30])
-def test_dense_decoding_is_the_uncached_forward(prompt_len):
-    """Invariant 8. Guards against a position off by one between prefill, cache and RoPE."""
-    model, tokens = random_model(rope_scaling=8.0, tie_embeddings=True), random_tokens(3, 50)
-    close(decode(model, None, tokens, prompt_len)[0], model(tokens)[:, prompt_len - 1 :], 1e-10)
+    Guards against a position off by one between prefill, cache and RoPE, and one that claims a token nobody has written.
+    """
+    model, tokens = random_model(rope_scaling=8.0, tie_embeddings=True, qkv_bias=True), random_tokens(3, 50)
+    retro = replace(SPARSE, window=W, dense_layers=0, budget=budget, min_tokens=min_tokens) if budget else None
+    close(decode(model, retro, tokens, prompt_len)[0], model(tokens)[:, max(0, prompt_len - 1) :], 1e-10)
 
 
 def test_overwriting_changes_only_what_it_should():
@@ -444,23 +475,21 @@ def test_overwriting_changes_only_what_it_should():
     decoder, _ = start(model, SPARSE, tokens, 21)
     changed = np.zeros((4, 2))
     for t in range(21, 60):
-        before = [[x.flatten(2, 3).clone() for x in (layer.cache.k, layer.cache.v)] for layer in decoder.layers]
+        before = [by_position(layer.cache) for layer in decoder.layers]
         decoder.step(tokens[:, t])
-        for i, layer in enumerate(decoder.layers):
-            for kv, x in enumerate((layer.cache.k.flatten(2, 3), layer.cache.v.flatten(2, 3))):
-                outside = torch.ones(x.shape[2], dtype=torch.bool)
-                outside[t - W + 1 : t + 1] = False
-                assert torch.equal(x[:, :, outside].nan_to_num(77), before[i][kv][:, :, outside].nan_to_num(77))
-                past = slice(t - W + 1, t)
-                changed[i, kv] = max(changed[i, kv], (x[:, :, past] - before[i][kv][:, :, past]).abs().max())
+        for i, kv in np.ndindex(4, 2):
+            old, new = before[i][kv], by_position(decoder.layers[i].cache)[kv]
+            outside = torch.ones(new.shape[2], dtype=torch.bool)
+            outside[t - W + 1 : t + 1] = False
+            assert torch.equal(new[:, :, outside].nan_to_num(77), old[:, :, outside].nan_to_num(77))
+            changed[i, kv] = max(changed[i, kv], (new - old)[:, :, t - W + 1 : t].abs().max())
     assert (changed[:2] < 1e-12).all() and (changed[2:] > 1e-3).all(), changed
 
 
 @pytest.mark.parametrize("W, prompt_len", [(1, 20), (4, 2), (8, 21)])
 def test_what_was_never_written_is_never_read(W, prompt_len):
     """Invariant 7. Fresh memory may hold anything, also NaN, which a weight of zero would not remove."""
-    model, tokens = random_model(), random_tokens(2, 50)
-    retro = RetroConfig(page_size=8, budget=0.2, min_tokens=16, window=W, dense_layers=1)
+    model, tokens, retro = random_model(), random_tokens(2, 50), replace(SPARSE, window=W)
     clean, _ = decode(model, retro, tokens, prompt_len, fill=0.0)
     assert clean.isfinite().all()
     for fill in (math.nan, math.inf, 1e30):
@@ -468,48 +497,23 @@ def test_what_was_never_written_is_never_read(W, prompt_len):
 
 
 def test_a_second_prompt_starts_afresh():
-    """Guards against outputs, last_loaded and counts of one text that leak into the next one of the same decoder."""
-    model, retro, tokens = random_model(), SPARSE, random_tokens(2, 90)
-    decoder, _ = start(model, retro, tokens.flip(1), 70)
+    """Guards against outputs, last_loaded and counts of one text that leak into the next one of the same decoder; infinite ones
+    too: 0 * inf is NaN, a weight of zero keeps it."""
+    model, tokens = random_model(), random_tokens(2, 90)
+    decoder, _ = start(model, SPARSE, tokens.flip(1), 70)
     decoder.step(tokens[:, 0])
-    again = [decoder.prefill(tokens[:, :30])] + [decoder.step(tokens[:, i]) for i in range(30, 90)]
-    fresh, other = decode(model, retro, tokens, 30)
-    assert torch.equal(torch.stack(again, 1), fresh)
-    assert torch.equal(decoder.layers[-1].cache.totals, other.layers[-1].cache.totals)
-
-
-def test_a_second_prompt_forgets_what_overflowed():
-    """An infinite value in one text's output cache must not reach the next one: 0 * inf is NaN, a weight of zero keeps it."""
-    model, tokens = random_model(), random_tokens(2, 40)
-    decoder, _ = start(model, SPARSE, tokens, 30)
     for layer in decoder.layers[1:]:
         layer.cache.out.fill_(torch.inf)
-    decoder.prefill(tokens[:, :30])
-    assert all(layer.cache.out.isfinite().all() for layer in decoder.layers[1:])
-    decoder.layers[1].cache.out[:, 30 % SPARSE.window] = torch.inf  # of the row that leaves at the next step
-    assert decoder.step(tokens[:, 30]).isfinite().all() and decoder.layers[1].cache.out.isfinite().all()
-
-
-@pytest.mark.parametrize("W", [1, 4])
-def test_a_text_may_begin_without_a_prompt(W):
-    """Guards against a position that claims a token which nobody has written."""
-    model, tokens = random_model(), random_tokens(2, 20)
-    decoder = Decoder(model, 2, RetroConfig(page_size=8, window=W, dense_layers=0), max_seq_len=20)
-    close(torch.stack([decoder.step(tokens[:, i]) for i in range(20)], 1), model(tokens), 1e-10)
-    with pytest.raises(ValueError, match="the prompt has 1 texts: must be 2"):
-        decoder.prefill(tokens[:1])
-
-
-def test_a_step_past_the_end_of_the_cache_is_refused():
-    """Guards against a write outside of the cache, which a GPU would not notice."""
-    decoder, _ = start(random_model(max_seq_len=64), SPARSE, random_tokens(1, 63), 63)
-    decoder.step(torch.tensor([1]))
-    with pytest.raises(IndexError, match="position 64 is past the end of the cache of 64 tokens"):
-        decoder.step(torch.tensor([1]))
+    again = [decoder.prefill(tokens[:, :30])] + [decoder.step(tokens[:, i]) for i in range(30, 89)]
+    fresh, other = decode(model, SPARSE, tokens[:, :89], 30)
+    assert torch.equal(torch.stack(again, 1), fresh)
+    assert torch.equal(decoder.layers[-1].cache.totals, other.layers[-1].cache.totals)
+    decoder.layers[1].cache.out[:, 89 % SPARSE.window] = torch.inf  # of the row that leaves at the next step
+    assert decoder.step(tokens[:, 89]).isfinite().all() and decoder.layers[1].cache.out.isfinite().all()
 
 
 def test_output_cache_is_independent_of_the_length():
-    """Invariant 9. W rows of n_head * (hs + 1) float32 numbers a sequence, for a model in half precision too."""
+    """Invariant 9. W rows of n_head * (hs + 1) float32 numbers per sequence, for a model in half precision too."""
     q, k, _ = (x.bfloat16() for x in random_qkv(B=3))
     for max_seq_len in (64, 8192):
         cache = new_layer(RetroConfig(window=4), q, k, max_seq_len).cache
@@ -530,8 +534,8 @@ def check_against_oracle(model, retro, tokens, prompt_len, tol):
     window = np.arange(max(0, T - retro.window), T)
     for i, (layer, s) in enumerate(zip(decoder.layers, states, strict=True)):
         cache = layer.cache
-        close(cache.k.flatten(2, 3)[:, :, :T], s.k, tol)
-        close(cache.v.flatten(2, 3)[:, :, :T], s.v, tol)
+        for found, wanted in zip(by_position(cache), (s.k, s.v), strict=True):
+            close(found[:, :, :T], wanted, tol)
         if i < retro.dense_layers:
             continue
         num, den = (x.reshape(B, -1, *x.shape[3:])[:, :, window] for x in (s.num, s.den))  # (B, n_head, rows ...)
@@ -542,29 +546,16 @@ def check_against_oracle(model, retro, tokens, prompt_len, tol):
         assert (cache.totals[..., 0] == sum(pages_to_load(retro, t)[0] for t in range(prompt_len, T))).all()
 
 
-CASES = [  # n_head, n_kv_head, hs, page_size, W, B, prompt_len, T, dense_layers, budget
-    (2, 2, 32, 8, 2, 1, 30, 81, 0, 0.15),
-    (3, 1, 64, 8, 4, 3, 41, 90, 1, 0.2),
-    (6, 2, 64, 16, 8, 1, 57, 120, 0, 0.15),
-    (4, 1, 128, 32, 2, 1, 100, 150, 1, 0.3),
-    (8, 2, 32, 16, 1, 3, 50, 100, 0, 0.15),
-    (8, 1, 32, 8, 8, 3, 3, 60, 0, 0.1),
-    (16, 2, 32, 16, 4, 1, 64, 110, 2, 0.2),
-    (3, 3, 128, 8, 1, 1, 20, 60, 1, 0.2),
-    (4, 4, 32, 32, 8, 1, 1, 120, 0, 0.3),
-    (6, 2, 32, 8, 2, 1, 1, 70, 0, 0.15),
-    (6, 2, 32, 1, 4, 2, 5, 50, 0, 0.3),
-    (6, 2, 32, 4, 16, 2, 15, 60, 0, 0.3),
-]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_random_models_against_the_oracle(case):
+@pytest.mark.parametrize("n_head, n_kv_head, hs, page_size, W, B, prompt_len, T, dense_layers, budget", [
+    (2, 2, 32, 8, 2, 1, 30, 81, 0, 0.15), (3, 1, 64, 8, 4, 3, 41, 90, 1, 0.2), (6, 2, 64, 16, 8, 1, 57, 120, 0, 0.15),
+    (4, 1, 128, 32, 2, 1, 100, 150, 1, 0.3), (8, 2, 32, 16, 1, 3, 50, 100, 0, 0.15), (8, 1, 32, 8, 8, 3, 3, 60, 0, 0.1),
+    (16, 2, 32, 16, 4, 1, 64, 110, 2, 0.2), (3, 3, 128, 8, 1, 1, 20, 60, 1, 0.2), (4, 4, 32, 32, 8, 1, 1, 120, 0, 0.3),
+    (6, 2, 32, 8, 2, 1, 1, 70, 0, 0.15), (6, 2, 32, 1, 4, 2, 5, 50, 0, 0.3), (6, 2, 32, 4, 16, 2, 15, 60, 0, 0.3),
+])  # fmt: skip
+def test_random_models_against_the_oracle(n_head, n_kv_head, hs, page_size, W, B, prompt_len, T, dense_layers, budget):
     """Invariant 11. GQA ratios, batches, ragged pages, windows, page and head sizes; prompts shorter than the window too."""
-    n_head, n_kv_head, hs, page_size, W, B, prompt_len, T, dense_layers, budget = case
-    model = random_model(n_head, n_kv_head, hs)
     retro = RetroConfig(page_size=page_size, budget=budget, min_tokens=10, window=W, dense_layers=dense_layers)
-    check_against_oracle(model, retro, random_tokens(B, T), prompt_len, 1e-10)
+    check_against_oracle(random_model(n_head, n_kv_head, hs), retro, random_tokens(B, T), prompt_len, 1e-10)
 
 
 @pytest.mark.parametrize("W", [1, 2, 8])
@@ -572,10 +563,34 @@ def test_the_shipped_checkpoint_against_the_oracle(W):
     """Guards against a checkpoint, a tokenizer and a RoPE layout that do not belong together, and against trained weights'
     large values, on which shortcuts that hold for random ones fail."""
     model, tokenizer = Llama.from_checkpoint(TINY, dtype=torch.float64), Tokenizer.from_checkpoint(TINY)
-    tokens = torch.tensor([tokenizer.encode(retro_attention.__doc__, bos=True)[:265]])  # any text will do
-    assert tokens.shape == (1, 265)
-    retro = RetroConfig(page_size=16, budget=0.15, min_tokens=64, window=W, dense_layers=1)
-    check_against_oracle(model, retro, tokens, 201, 1e-9)
+    tokens = torch.tensor([tokenizer.encode(retro_attention.__doc__, bos=True)[:233]])  # any text will do
+    assert tokens.shape == (1, 233)
+    check_against_oracle(model, RetroConfig(budget=0.15, min_tokens=64, window=W, dense_layers=1), tokens, 201, 1e-9)
+
+
+@pytest.mark.parametrize("W, back", [(1, 1), (1, 20), (2, 1), (4, 2), (4, 20), (8, 1)])
+def test_rewinding(W, back):
+    """What came after a position is forgotten. Guards against lse = -inf and keys counted twice where a position is repeated.
+
+    With W=1, or all pages, the text goes on as if nothing had come; with a longer window as the oracle says, whose window's
+    rows are attended to densely once more.
+    """
+    model, tokens, other, T = random_model(), random_tokens(2, 75), random_tokens(2, 75, seed=1), 50
+    for retro in (None, replace(SPARSE, window=W, budget=1.0), replace(SPARSE, window=W)):
+        decoder, _ = start(model, retro, tokens, 21)
+        t = T - 1 - back
+        for i in range(21, T):  # another text from t + 1 on
+            decoder.step((tokens if i <= t else other)[:, i])
+        decoder.rewind(t)
+        found = torch.stack([decoder.step(tokens[:, i]) for i in range(t + 1, 75)], 1)
+        if retro is None or retro.budget == 1 or W == 1:
+            wanted = decode(model, retro, tokens, 21)[0][:, t + 2 - 21 :]
+        else:
+            text = torch.cat((tokens[:, : t + 1], other[:, t + 1 : T]), dim=1)
+            wanted = oracle(model, retro, tokens, 21, rewind=(T - 1, t, text))[0][:, T - 21 + 2 :]
+        close(found, wanted, 1e-10)
+    for bad in (-1, 75):
+        refused(lambda bad=bad: decoder.rewind(bad), f"t must be between 0 and 74, the newest position, not {bad}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -600,14 +615,16 @@ def assert_close(found, wanted, dtype, what):
 
 
 def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
-    """A cache as a decode step to position t finds it, filled with noise; NaN stands wherever nothing was written yet."""
+    """A cache as a decode step to position t finds it, filled with noise; NaN stands wherever nothing was written yet.
+
+    Returns it, t as a tensor, and the generator of the noise.
+    """
     gen = torch.Generator().manual_seed(seed)
     cache = retro_attention.new_cache(config, False, B, n_kv_head * G, n_kv_head, hs, t + 20, "cpu", dtype)
     for x in (cache.k, cache.v, cache.k_min, cache.k_max):
         x.fill_(torch.nan)
     if t > 0:
-        k, v = (torch.randn(B, t, n_kv_head, hs, generator=gen).to(dtype) for _ in range(2))
-        retro_attention.store(k, v, cache, t - 1)
+        store(*(torch.randn(B, t, n_kv_head, hs, generator=gen).to(dtype) for _ in "kv"), cache, t - 1)
         held = (t - 1) // config.page_size + 1
         # Most pages were loaded within the last few steps, so that each row finds some that it has seen and some it has not.
         recent = t - torch.randint(1, 2 * config.window + 2, (B, n_kv_head, held), generator=gen)
@@ -617,28 +634,7 @@ def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
     cache.lse[:, 0] = -torch.inf  # one row has seen nothing so far
     for name in ("k", "v", "k_min", "k_max", "last_loaded", "out", "lse", "totals"):
         setattr(cache, name, getattr(cache, name).to(DEVICE))
-    return cache, gen
-
-
-# B, n_kv_head, t, min_tokens: where a sequence may stand
-PLACES = [
-    (1, 1, 397, 200),  # several tiles a split; the last page is ragged
-    (3, 1, 127, 32),  # it is full
-    (1, 1, 64, 8),  # it has just begun, and the window lies in two pages
-    (1, 2, 40, 256),  # below the floor: all pages are selected
-    (3, 1, 3, 8),  # fewer tokens than rows, for the larger windows
-    (1, 1, 0, 8),  # the very first token
-]
-SHAPES = list(itertools.product((1, 3, 4, 8), (1, 2, 4, 8), (8, 16, 32), (32, 64, 128)))  # G, W, page size, hs
-
-
-@pytest.mark.parametrize(
-    "i, shape", list(enumerate(SHAPES)), ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else ""
-)
-def test_kernels_equal_their_twins(i, shape):
-    """Each kernel, given what its twin is given, writes and returns the same; what was never written is NaN and stays out."""
-    # 144 shapes, 6 places and 2 or 3 dtypes: every pair of values meets, not every combination.
-    check_kernels(*shape, *PLACES[(i + i // 6) % 6], list(KERNEL_DTYPES)[(i + i // 3) % len(KERNEL_DTYPES)])
+    return cache, torch.tensor(t, device=DEVICE), gen
 
 
 def in_float64(cache):
@@ -649,19 +645,18 @@ def in_float64(cache):
     return cache
 
 
-def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget=0.3):
+def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget):
     """One decode step, kernel by kernel."""
     config = RetroConfig(page_size=ps, budget=budget, min_tokens=min_tokens, window=W)
-    cache, gen = cache_at(config, B, n_kv_head, G, hs, t, dtype, seed=t)
-    position, held, S = torch.tensor(t, device=DEVICE), t // ps + 1, config.pages_selected(t)
+    cache, position, gen = cache_at(config, B, n_kv_head, G, hs, t, dtype, seed=t)
+    held, S = t // ps + 1, config.pages_selected(t)
     heads = [n_kv_head * G, n_kv_head, n_kv_head]  # slices of one product, as in the model
     q, k, v = torch.randn(B, W, sum(heads), hs, generator=gen).to(DEVICE, dtype).split(heads, dim=2)
     angles = torch.randn(t + 1, hs // 2, generator=gen).to(DEVICE)
-    cos, sin = angles.cos(), angles.sin()
 
     twin = in_float64(cache)
-    wanted = retro_attention.write(q.double(), k.double(), v.double(), cos.double(), sin.double(), twin, position)
-    q = kernels.write(q, k, v, cos, sin, cache, position)
+    wanted = retro_attention.write(*(x.double() for x in (q, k, v, angles.cos(), angles.sin())), twin, position)
+    q = kernels.write(q, k, v, angles.cos(), angles.sin(), cache, position)
     real = slice(max(0, W - 1 - t), None)  # rows before the start are nobody's
     assert_close(q[:, real], wanted[:, real], dtype, "write: q")
     for name, n in (("k", t + 1), ("v", t + 1), ("k_min", held), ("k_max", held)):
@@ -673,9 +668,8 @@ def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget=0.3):
     scores = kernels.score(q, cache, position)
     error = (scores[:, :, :held] - retro_attention.score(q.double(), twin, position)).abs()
     # The terms of a score cancel: a rounding error is small against the sum of their sizes, not against the score.
-    sizes = torch.maximum(twin.k_min.abs(), twin.k_max.abs())[:, :, :held] * q[:, -1:].abs().view(B, n_kv_head, G, hs).sum(
-        2, True
-    )
+    q_sizes = q[:, -1:].abs().view(B, n_kv_head, G, hs).sum(2, True)
+    sizes = torch.maximum(twin.k_min.abs(), twin.k_max.abs())[:, :, :held] * q_sizes
     assert (error <= 2e-6 * sizes.sum(-1)).all(), "score"
 
     scores[:, :, held:] = torch.nan
@@ -684,13 +678,11 @@ def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget=0.3):
     assert torch.equal(pages[:, :, :S], wanted_pages) and torch.equal(last_loaded[:, :, :S], wanted_last_loaded), "select"
     assert torch.equal(cache.last_loaded, twin.last_loaded) and torch.equal(cache.totals, twin.totals), "select: tables"
 
-    for what, lists, wanted_lists in (
-        ("attend, dense", (None, None), (None, None)),
-        ("attend", (pages, last_loaded), (wanted_pages, wanted_last_loaded)),
-    ):
-        parts = kernels.attend(q, cache, *lists, position)
+    chosen = (pages, last_loaded), (wanted_pages, wanted_last_loaded)
+    for what, ours, theirs in (("attend, dense", (None, None), (None, None)), ("attend", *chosen)):
+        parts = kernels.attend(q, cache, *ours, position)
         o, lse = retro_attention.merge(*parts)
-        wanted_o, wanted_lse = retro_attention.attend(q.double(), twin, *wanted_lists, position)
+        wanted_o, wanted_lse = retro_attention.attend(q.double(), twin, *theirs, position)
         assert_close(o, wanted_o[0], dtype, f"{what}: o")
         assert_close(lse, wanted_lse[0], dtype, f"{what}: lse")
 
@@ -700,18 +692,42 @@ def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget=0.3):
     assert_close(cache.lse, twin.lse, torch.float32, "combine: lse")
 
 
+PLACES = [  # B, n_kv_head, t, min_tokens: where a sequence may stand
+    (1, 1, 397, 200),  # several tiles per split; the last page is ragged
+    (3, 1, 127, 32),  # it is full
+    (1, 1, 64, 8),  # it has just begun, and the window lies in two pages
+    (1, 2, 40, 256),  # below the floor: all pages are selected
+    (3, 1, 3, 8),  # fewer tokens than rows, for the larger windows
+    (1, 1, 0, 8),  # the very first token
+]
+SHAPES = list(itertools.product((1, 3, 4, 8), (1, 2, 4, 8), (8, 16, 32), (32, 64, 128)))  # G, W, page size, hs
+if DEVICE != "cuda":  # the interpreter is slow: a third of them, in which every pair of values still meets
+    SHAPES = [shape for i, shape in enumerate(SHAPES) if (i // 36 + i // 9 + i // 3 + i) % 3 == 0]
+ODD_SHAPES = [
+    (1, 1, 1, 16), (2, 3, 2, 32), (3, 5, 4, 64), (4, 2, 8, 128), (5, 8, 16, 32), (6, 4, 64, 64),
+    (7, 1, 32, 128), (8, 8, 16, 128), (1, 8, 8, 64), (4, 4, 16, 128), (2, 2, 1, 64), (3, 7, 8, 16),
+]  # fmt: skip
+
+
+def kernel_cases():
+    """Shapes, places and dtypes: every pair of values meets, not every combination. Then budgets, floors and positions that
+    nobody thought of, in a dozen odd shapes (each is compiled anew on a GPU)."""
+    dtypes = list(KERNEL_DTYPES)
+    for i, shape in enumerate(SHAPES):
+        yield *shape, *PLACES[(i + i // 6) % 6], dtypes[i // 5 % len(dtypes)], 0.3
+    for seed in range(300 if DEVICE == "cuda" else 12):
+        draw = random.Random(seed).choice
+        t, min_tokens = draw(range(2000 if DEVICE == "cuda" else 300)), draw((1, 10, 64, 500))
+        B, n_kv_head, budget = draw((1, 2, 3)), draw((1, 2)), draw((0.01, 0.07, 0.15, 0.5, 1.0))
+        yield *ODD_SHAPES[seed % 12], B, n_kv_head, t, min_tokens, dtypes[seed // 12 % len(dtypes)], budget
+
+
 @needs_triton
-@pytest.mark.parametrize("seed", range(300 if DEVICE == "cuda" else 12))
-def test_kernels_in_random_configurations(seed):
-    """Budgets, floors and positions that nobody thought of, in a dozen odd shapes (each is compiled anew on a GPU)."""
-    G, W, ps, hs = [
-        (1, 1, 1, 16), (2, 3, 2, 32), (3, 5, 4, 64), (4, 2, 8, 128), (5, 8, 16, 32), (6, 4, 64, 64),
-        (7, 1, 32, 128), (8, 8, 16, 128), (1, 8, 8, 64), (4, 4, 16, 128), (2, 2, 1, 64), (3, 7, 8, 16),
-    ][seed % 12]  # fmt: skip
-    draw = random.Random(seed).choice
-    t, min_tokens, B = draw(range(2000 if DEVICE == "cuda" else 300)), draw((1, 10, 64, 500)), draw((1, 2, 3))
-    dtype = list(KERNEL_DTYPES)[seed // 12 % len(KERNEL_DTYPES)]
-    check_kernels(G, W, ps, hs, B, draw((1, 2)), t, min_tokens, dtype, budget=draw((0.01, 0.07, 0.15, 0.5, 1.0)))
+@pytest.mark.parametrize("case", list(kernel_cases()), ids=lambda case: "-".join(map(str, case)))
+def test_kernels_equal_their_twins(case):
+    """Invariants 10 and 11. Each kernel, given what its twin is given, writes and returns the same; what was never written is
+    NaN and stays out."""
+    check_kernels(*case)
 
 
 @needs_triton
@@ -730,51 +746,47 @@ def test_kernels_beside_attention_equal_their_twins(rows, n, dtype):
     assert_close(kernels.rms_norm(x, weight[:n], 1e-8), wanted, dtype, "rms_norm: eps")
 
 
-@needs_triton
-@pytest.mark.parametrize("kind", ["equal", "few values", "zeros of both signs", "negative", "huge"])
-def test_select_kernel_ties_and_extremes(kind):
-    """Equal scores go to the lower pages, also when they are 0.0 and -0.0; scores of any size keep their order."""
-    config = RetroConfig(page_size=8, budget=0.4, min_tokens=8, window=4)
-    t, held = 101, 13
-    cache, gen = cache_at(config, 1, 2, 1, 32, t, torch.float32, seed=1)
-    twin, position = copy.deepcopy(cache), torch.tensor(t, device=DEVICE)
-    scores = torch.randn(1, 2, held, generator=gen)
-    scores = {
-        "equal": torch.full_like(scores, -2.5),
-        "few values": scores.round(),
-        "zeros of both signs": scores.sign() * 0.0,
-        "negative": -scores.abs(),
-        "huge": scores * torch.tensor([1e4, 1e37])[None, :, None],
-    }[kind].to(DEVICE)
-    room = torch.nn.functional.pad(scores, (0, cache.k.shape[2] - held), value=torch.nan)
-    pages, last_loaded = retro_attention.select(scores, twin, position)
-    S = config.pages_selected(t)
-    for found, wanted in zip(kernels.select(room, cache, position), (pages, last_loaded), strict=True):
-        assert torch.equal(found[:, :, :S], wanted)
-    if kind == "equal":  # 6 of 13 pages: the window's own, and the lowest of the others
-        assert pages.tolist() == [[[0, 1, 2, 3, 4, 12]] * 2]
-
-
-@needs_triton
-@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1])
-def test_select_kernel_takes_nan_as_the_largest(bits):
-    """A NaN's bits, of either sign, must not run over the ends of the search and of the list: it is taken as infinity is."""
-    cache, gen = cache_at(RetroConfig(page_size=8, budget=0.4, min_tokens=8), 1, 2, 1, 32, 101, torch.float32, seed=1)
-    twin, position = copy.deepcopy(cache), torch.tensor(101, device=DEVICE)
-    scores = torch.randn(1, 2, cache.k.shape[2], generator=gen)
+def with_nan(scores, bits):
     scores[0, 0, 5:7] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    wanted, _ = retro_attention.select(scores[..., :13].nan_to_num(torch.inf).to(DEVICE), twin, position)
-    found, _ = kernels.select(scores.to(DEVICE), cache, position)
-    assert torch.equal(found[..., : wanted.shape[2]], wanted) and {5, 6} <= set(wanted[0, 0].tolist())
+    return scores
+
+
+SCORES = {  # of random ones: what could upset a search by their bits
+    "equal": lambda x: torch.full_like(x, -2.5),
+    "few values": torch.round,
+    "zeros of both signs": lambda x: x.sign() * 0.0,
+    "negative": lambda x: -x.abs(),
+    "huge": lambda x: x * torch.tensor([1e4, 1e37])[None, :, None],
+    "NaN": lambda x: with_nan(x, 0x7FFFFFFF),
+    "negative NaN": lambda x: with_nan(x, -1),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", SCORES)
+def test_select_kernel_ties_and_extremes(kind):
+    """Equal scores go to the lower pages, also when they are 0.0 and -0.0; scores of any size keep their order.
+
+    A NaN's bits, of either sign, must not run over the ends of the search and of the list: it is taken as infinity is.
+    """
+    config, t, held = replace(SPARSE, budget=0.4), 101, 13
+    cache, position, gen = cache_at(config, 1, 2, 1, 32, t, torch.float32, seed=1)
+    twin, scores = copy.deepcopy(cache), SCORES[kind](torch.randn(1, 2, held, generator=gen)).to(DEVICE)
+    room = torch.nn.functional.pad(scores, (0, cache.k.shape[2] - held), value=torch.nan)
+    wanted = retro_attention.select(scores.nan_to_num(torch.inf, posinf=torch.inf, neginf=-torch.inf), twin, position)
+    for ours, theirs in zip(kernels.select(room, cache, position), wanted, strict=True):
+        assert torch.equal(ours[:, :, : config.pages_selected(t)], theirs)
+    pages = wanted[0].tolist()
+    assert kind != "equal" or pages == [[[0, 1, 2, 3, 4, 12]] * 2]  # 6 of 13: the window's own, and the lowest of the others
+    assert "NaN" not in kind or {5, 6} <= set(pages[0][0])
 
 
 @needs_triton
 @pytest.mark.parametrize("t", [32_000, 40_000])
 def test_select_kernel_of_many_pages(t):
     """Beyond 32,768 pages two counts no longer fit 32 bits."""
-    cache, gen = cache_at(RetroConfig(page_size=1, budget=0.9), 1, 1, 1, 16, t, torch.float32, seed=t)
-    twin, position = copy.deepcopy(cache), torch.tensor(t, device=DEVICE)
-    scores = torch.randn(1, 1, cache.k.shape[2], generator=gen).to(DEVICE)
+    cache, position, gen = cache_at(RetroConfig(page_size=1, budget=0.9), 1, 1, 1, 16, t, torch.float32, seed=t)
+    twin, scores = copy.deepcopy(cache), torch.randn(1, 1, cache.k.shape[2], generator=gen).to(DEVICE)
     wanted, _ = retro_attention.select(scores[..., : t + 1].clone(), twin, position)
     assert torch.equal(kernels.select(scores, cache, position)[0][..., : wanted.shape[2]], wanted)
 
@@ -783,11 +795,9 @@ def test_select_kernel_of_many_pages(t):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_attend_kernel_empty_supplements_and_extreme_scores(dtype):
     """Past rows for which nothing is new get o = 0 and lse = -inf; scores of 1e4 neither overflow nor lose the newest row."""
-    config = RetroConfig(page_size=8, budget=1.0, window=4)
     t = 75
-    cache, gen = cache_at(config, 1, 1, 2, 32, t + 1, dtype, seed=2)
-    position = torch.tensor(t, device=DEVICE)
-    pages = torch.arange(t // 8 + 1, dtype=torch.int32, device=DEVICE).view(1, 1, -1)
+    cache, _, gen = cache_at(replace(SPARSE, budget=1.0), 1, 1, 2, 32, t + 1, dtype, seed=2)
+    position, pages = torch.tensor(t, device=DEVICE), torch.arange(t // 8 + 1, dtype=torch.int32, device=DEVICE).view(1, 1, -1)
     q = torch.randn(1, 4, 2, 32, generator=gen).to(DEVICE, dtype) * 1e3  # scores of up to about 1e4
     for last_loaded in (torch.full_like(pages, t - 1), torch.full_like(pages, -1)):
         o, lse = retro_attention.merge(*kernels.attend(q, cache, pages, last_loaded, position))
@@ -797,17 +807,24 @@ def test_attend_kernel_empty_supplements_and_extreme_scores(dtype):
         assert (lse[:, :-1] == -torch.inf).all() == (last_loaded == t - 1).all() and lse[:, -1].isfinite().all()
 
 
+def shipped_model():
+    """The checkpoint in tiny/; in the interpreter, which is slow, only its first three layers."""
+    model = Llama.from_checkpoint(TINY, device=DEVICE)
+    if DEVICE != "cuda":
+        model.layers, model.config.n_layer = model.layers[:3], 3
+    return model
+
+
 @needs_triton
 @pytest.mark.parametrize("window", [1, 2, 8])
 def test_same_greedy_tokens_through_triton_and_torch(window):
-    """The shipped checkpoint, float32: the kernels together, over several layers and steps, decide as the reference does."""
-    model, tok = Llama.from_checkpoint(TINY, device=DEVICE), Tokenizer.from_checkpoint(TINY)
-    idx = torch.tensor(tok.encode(retro_attention.__doc__, bos=True)[:200], device=DEVICE).view(2, 100)
-    n = 256 if DEVICE == "cuda" else 6  # the interpreter is slow
-    config = {"page_size": 8, "budget": 0.2, "min_tokens": 32, "window": window, "dense_layers": 1}
-    found, wanted = (
-        model.generate(idx, n, retro=RetroConfig(impl=impl, **config), temperature=0).tolist() for impl in ("triton", "torch")
-    )
+    """Invariant 10. Trained weights, float32: the kernels together, over several layers and steps, decide as the reference
+    does."""
+    model, tok = shipped_model(), Tokenizer.from_checkpoint(TINY)
+    B, n = (2, 256) if DEVICE == "cuda" else (1, 4)
+    idx = torch.tensor(tok.encode(retro_attention.__doc__, bos=True)[: B * 100], device=DEVICE).view(B, 100)
+    retros = [replace(SPARSE, window=window, min_tokens=32, impl=impl) for impl in ("triton", "torch")]
+    found, wanted = (model.generate(idx, n, retro=retro, temperature=0).tolist() for retro in retros)
     assert found == wanted
 
 
@@ -821,12 +838,10 @@ def test_a_replayed_step_is_an_eager_step(retro):
     for text in (tokens, tokens.flip(1)):
         for decoder in (eager, graphed):
             decoder.prefill(text[:, :100])
-        for i in range(100, 290):
+        for i in range(100, 300):
+            # Eager steps in the middle of replays: in the first text a hook looks at one.
+            graphed.layers[-1].hook = (lambda step: None) if i == 290 and text is tokens else None
             assert torch.equal(eager.step(text[:, i]), graphed.step(text[:, i])), f"position {i}"
-        graphed.layers[-1].hook = (lambda step: None) if text is tokens else None  # eager steps in the middle of replays
-        for i in range(290, 300):
-            assert torch.equal(eager.step(text[:, i]), graphed.step(text[:, i])), f"position {i}"
-            graphed.layers[-1].hook = None
     assert graphed.graph is not None and eager.graph is None
 
 
@@ -837,42 +852,20 @@ def test_a_replayed_step_is_an_eager_step(retro):
 ])  # fmt: skip
 def test_triton_is_refused_where_it_cannot_run(monkeypatch, dtype, head_size, rows, message):
     """A ValueError that says what to do, before anything runs; auto takes the reference instead."""
-    cpu = torch.device("cpu")
+    choose = lambda impl, device: implementation(impl, torch.device(device), dtype, head_size, rows)  # noqa: E731
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        implementation("triton", cpu, dtype, head_size, rows)
-    assert implementation("auto", cpu, dtype, head_size, rows) is retro_attention
+    refused(lambda: choose("triton", "cpu"), "TRITON_INTERPRET=1")
+    assert choose("auto", "cpu") is retro_attention
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     if message is None:
-        assert implementation("triton", cpu, dtype, head_size, rows).__name__ == "kernels"
-        assert implementation("auto", torch.device("cuda"), dtype, head_size, rows).__name__ == "kernels"
-        return
-    with pytest.raises(ValueError, match=message):
-        implementation("triton", cpu, dtype, head_size, rows)
-    assert implementation("auto", torch.device("cuda"), dtype, head_size, rows) is retro_attention
+        assert choose("triton", "cpu").__name__ == choose("auto", "cuda").__name__ == "kernels"
+    else:
+        refused(lambda: choose("triton", "cpu"), message)
+        assert choose("auto", "cuda") is retro_attention
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Parts of the model
-
-
-@pytest.mark.parametrize("name, value", [
-    ("page_size", 0), ("page_size", 12), ("page_size", 8.0), ("budget", 0), ("budget", 1.01), ("budget", math.nan),
-    ("min_tokens", 0), ("window", 0), ("window", 1.5), ("dense_layers", -1), ("impl", "cuda"),
-])  # fmt: skip
-def test_a_config_out_of_range_is_named(name, value):
-    """The message holds the name, what is allowed, and the value."""
-    with pytest.raises(ValueError, match=f"{name} must be .+, not {value!r}$"):
-        RetroConfig(**{name: value})
-
-
-@pytest.mark.parametrize("bad", [dict(n_head=4), dict(n_kv_head=4), dict(dim=21), dict(n_layer=0), dict(max_seq_len=1.5)])
-def test_an_impossible_model_is_refused(bad):
-    """Guards against heads that silently lose a part of the embedding."""
-    shape = dict(dim=30, n_layer=1, n_head=3, n_kv_head=3, vocab_size=8, ffn_dim=8, max_seq_len=8)
-    LlamaConfig(**shape)
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        LlamaConfig(**{**shape, **bad})
+# Parts of the model, sampling
 
 
 @pytest.mark.parametrize("scaling, theta", [(None, 10_000.0), (8.0, 500_000.0), (32.0, 500_000.0)])
@@ -882,70 +875,39 @@ def test_rope(scaling, theta):
     x = torch.randn(2, 5, 3, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     cos, sin = rope_table(config, config.max_seq_len, "cpu", torch.float64)
     close(apply_rope(x, cos[rows], sin[rows]), rotate(x.numpy(), rows, config), 1e-10)
-    cos, sin = rope_table(config, config.max_seq_len, "cpu", torch.bfloat16)  # whose 8 bits could not tell position 4098 from 4099
+    # In bfloat16, 8 bits could not tell position 4098 from 4099.
+    cos, sin = rope_table(config, config.max_seq_len, "cpu", torch.bfloat16)
     assert cos.dtype == torch.float32 and apply_rope(x.bfloat16(), cos[rows], sin[rows]).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("prompt_len", [1, 33, 59])
-def test_score(prompt_len):
-    """Guards against log-probabilities of a neighbour's token: dense against the forward pass, sparse against the oracle."""
-    model, tokens = random_model(), random_tokens(2, 60)
-    sparse = torch.from_numpy(oracle(model, SPARSE, tokens, prompt_len)[0])  # after positions prompt_len-1 .. 59
-    for retro, logits in ((None, model(tokens)[:, prompt_len - 1 :]), (SPARSE, sparse)):
-        expected = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, prompt_len:, None]).squeeze(2)
-        found = model.score(tokens, prompt_len, retro=retro)
-        assert found.dtype == torch.float32
-        close(found, expected, 1e-5)
-    for bad in (0, 60):
-        with pytest.raises(ValueError, match=f"prompt_len must be between 1 and 59, not {bad}"):
-            model.score(tokens, bad)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling
-
-
-def assert_decodes_its_own_forward(model, tokens):
-    wanted = model(tokens)[:, 9:-1].log_softmax(dim=-1).gather(2, tokens[:, 10:, None])[..., 0]
-    assert (model.score(tokens, 10, retro=None) - wanted).abs().max() < 1e-5
-
-
-def test_decoding_follows_the_weights():
-    """Decode steps read copies of the weights laid side by side: not those of before, and a model can still be trained."""
-    model, tokens = random_model().float(), random_tokens(2, 30)
+def test_a_model_trains():
+    """Every parameter gets a gradient, also after the model has generated in inference mode."""
+    model, tokens = random_model(), random_tokens(2, 30)
     with torch.inference_mode():
         model.generate(tokens, 2, retro=SPARSE)
-    model.requires_grad_()(tokens).sum().backward()
-    with torch.no_grad():
-        model.layers[1].attention.wv.weight.data = torch.randn_like(model.layers[1].attention.wv.weight) * 0.1
-        assert_decodes_its_own_forward(model, tokens)
-        model.layers[2].feed_forward.w3.weight.mul_(-2)
-        assert_decodes_its_own_forward(model, tokens)
-        model.double()
-        assert_decodes_its_own_forward(model, tokens)
-        biased = random_model(qkv_bias=True).float()
-        biased.generate(tokens, 2, retro=SPARSE)
-        biased.layers[1].attention.wv.bias.data = torch.randn_like(biased.layers[1].attention.wv.bias)
-        assert_decodes_its_own_forward(biased, tokens)
+    logits = model.requires_grad_()(tokens[:, :-1])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-def test_a_model_loaded_in_inference_mode_decodes():
-    """Its weights were inference tensors once, and no longer usable after they had been laid side by side."""
-    tokens, wanted = random_tokens(1, 12), Llama.from_checkpoint(TINY)
-    with torch.inference_mode():
-        model = Llama.from_checkpoint(TINY)
-        assert torch.equal(model.score(tokens, 5), wanted.score(tokens, 5)) and torch.equal(model(tokens), wanted(tokens))
+@pytest.mark.parametrize("prompt_len", [1, 33, 59])
+@pytest.mark.parametrize("retro", [None, SPARSE], ids=["full", "sparse"])
+def test_generate_and_score(retro, prompt_len):
+    """Greedy tokens and log-probabilities, dense against the uncached forward pass, sparse against the oracle.
 
-
-@pytest.mark.parametrize("retro", [None, SPARSE])
-def test_greedy_generation_takes_the_likeliest(retro):
-    """Dense against the uncached forward pass, sparse against the oracle, each fed with the text that came out."""
-    model, prompt = random_model(), random_tokens(2, 30)
-    text = model.generate(prompt, 20, retro=retro, temperature=0)
-    logits = oracle(model, retro, text, 30)[0] if retro else model(text)[:, 29:].numpy()
-    assert torch.equal(text[:, :30], prompt) and np.array_equal(text[:, 30:], logits[:, :-1].argmax(-1))
+    Guards against the log-probability of a neighbour's token.
+    """
+    model, prompt = random_model(), random_tokens(2, prompt_len)
+    text = model.generate(prompt, 60 - prompt_len, retro=retro, temperature=0)
+    logits = torch.from_numpy(oracle(model, retro, text, prompt_len)[0]) if retro else model(text)[:, prompt_len - 1 :]
+    assert torch.equal(text[:, :prompt_len], prompt) and torch.equal(text[:, prompt_len:], logits[:, :-1].argmax(-1))
     for only_one in (dict(top_k=1), dict(top_p=1e-6)):
-        assert torch.equal(model.generate(prompt, 20, retro=retro, temperature=3.0, seed=1, **only_one), text)
+        assert torch.equal(model.generate(prompt, 60 - prompt_len, retro, temperature=3.0, seed=1, **only_one), text)
+    other = random_tokens(2, 60, seed=1)
+    logits = torch.from_numpy(oracle(model, retro, other, prompt_len)[0]) if retro else model(other)[:, prompt_len - 1 :]
+    found = model.score(other, prompt_len, retro=retro)
+    assert found.dtype == torch.float32
+    close(found, logits[:, :-1].log_softmax(-1).gather(2, other[:, prompt_len:, None])[..., 0], 1e-5)
 
 
 def test_seed():
@@ -985,41 +947,101 @@ def test_stop_tokens_and_the_end_of_the_context():
         assert torch.equal(row[:end], expected[:end]) and (row[end:] == stop).all()
 
 
-@pytest.mark.parametrize("change, message", [
+def test_logits_that_are_not_finite_are_said():
+    """Also at a token that the model makes itself: with temperature 0 the text would go on with token 0 for ever."""
+    model, prompt = random_model(), random_tokens(2, 20)
+    bad = model.generate(prompt, 1, SPARSE, temperature=0)[0, 20].item()
+    model.tok_embeddings.weight[bad] = math.inf
+    prompt[prompt == bad] = (bad + 1) % 61
+    assert model.generate(prompt[:1], 1, SPARSE, top_k=1).isfinite().all()
+    text = torch.cat((prompt, torch.full((2, 1), bad), prompt), dim=1)
+    for call in (
+        lambda: model.generate(text, 5, SPARSE, temperature=0), lambda: model.score(text, 10, SPARSE),
+        lambda: model.score(text, 30, SPARSE), lambda: model.score(text, 10, None),
+    ):  # fmt: skip
+        refused(call, "logits are not finite: its weights are broken, or too large for torch.float64")
+    decoder = Decoder(model, 2, SPARSE)
+    decoder.prefill(prompt)
+    for temperature in (0, 1):  # drawn from, nothing fails before it is asked
+        sample_token(decoder.only_finite(decoder.step(torch.full((2,), bad))), temperature, None, None, None)
+    refused(decoder.check_finite, "logits are not finite")
+
+
+def test_moving_and_casting_are_pytorch_s():
+    """Guards against tables that stay behind on a device or in a precision."""
+    tokens, wanted = random_tokens(1, 30), Llama.from_checkpoint(TINY, dtype=torch.float64)
+    model = Llama.from_checkpoint(TINY).double().to(DEVICE)
+    assert torch.equal(model(tokens.to(DEVICE)).cpu() if DEVICE == "cpu" else wanted(tokens), wanted(tokens))
+    assert model.to("meta")(tokens.to("meta")).shape == (1, 30, 4096)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused, by name: configurations and arguments
+
+
+small = partial(LlamaConfig, dim=30, n_layer=1, n_head=3, n_kv_head=3, vocab_size=8, ffn_dim=8, max_seq_len=8)
+
+
+def from_meta(**changes):
+    """Llama 3.2 1B's params.json, in part, with changes."""
+    params = dict(dim=2048, n_layers=32, n_heads=32, vocab_size=128_256, ffn_dim_multiplier=1.5, multiple_of=256)
+    return config_from_params({**params, **changes})
+
+
+@pytest.mark.parametrize("make, bad, message", [
+    *((RetroConfig, {name: value}, f"{name} must be .+, not {value!r}$") for name, value in (
+        ("page_size", 0), ("page_size", 12), ("page_size", 8.0), ("budget", 0), ("budget", 1.01), ("budget", math.nan),
+        ("min_tokens", 0), ("window", 0), ("window", 1.5), ("dense_layers", -1), ("impl", "cuda"),
+    )),
+    *((small, {name: value}, message) for name, value, message in (
+        ("n_head", 4, "n_head 4"), ("n_kv_head", 4, "n_kv_head 4"), ("dim", 21, "dim 21 must be"),
+        ("n_layer", 0, "n_layer must be .* not 0"), ("max_seq_len", 1.5, "max_seq_len must be an integer >= 1, not 1.5"),
+        ("head_size", 15, "head_size"), ("head_size", "16", "head_size"), ("norm_eps", math.inf, "a number > 0, not inf"),
+    )),
+    (from_meta, dict(dim="7"), "dim must be .* not '7'"),
+    (from_meta, dict(ffn_dim_multiplier=math.inf), "ffn_dim_multiplier must be a number > 0, not inf"),
+    (from_meta, dict(use_scaled_rope=True, rope_scaling_factor=0), "rope_scaling must be a number > 0, not 0"),
+])  # fmt: skip
+def test_a_configuration_out_of_range_is_named(make, bad, message):
+    """The message holds the name, what is allowed, and the value. Guards against heads that silently lose a part of the
+    embedding."""
+    make()
+    refused(lambda: make(**bad), message)
+
+
+@pytest.mark.parametrize("call, message", [
     (dict(temperature=-1), "temperature must be 0 or a finite number >= 1e-6, not -1"),
-    (dict(temperature=math.nan), "temperature .+ nan"),
-    (dict(top_k=0), "top_k must be >= 1, not 0"), (dict(top_p=0), "top_p must be in .+, not 0"),
+    (dict(temperature=math.nan), "temperature .+ nan"), (dict(seed=-1), "seed must be between 0 and .+, not -1"),
+    (dict(top_k=0), "top_k must be >= 1, not 0"), (dict(top_p=0), r"top_p must be in \(0, 1\], not 0"),
     (dict(top_p=1.5), "top_p must be in .+, not 1.5"), (dict(max_new_tokens=0), "max_new_tokens must be >= 1, not 0"),
     (dict(idx=random_tokens(1, 0)), "prompt has 0 tokens"), (dict(idx=random_tokens(1, 64)), "prompt has 64 tokens"),
     (dict(idx=random_tokens(1, 65)), "prompt has 65 tokens"), (dict(retro=RetroConfig(impl="triton")), "triton"),
     (dict(retro=RetroConfig(dense_layers=4)), "dense_layers must be between 0 and .+ 3 layers, not 4"),
+    (lambda model: model.score(random_tokens(1, 60), 0), "prompt_len must be between 1 and 59, not 0"),
+    (lambda model: model.score(random_tokens(1, 60), 60), "prompt_len must be between 1 and 59, not 60"),
+    (lambda model: model(random_tokens(1, 0)), "0 tokens.* between 1 and the context of 64"),
+    (lambda model: model(random_tokens(1, 65)), "65 tokens.* between 1 and the context of 64"),
+    (lambda model: Decoder(model, 1).prefill(random_tokens(1, 0)), "0 tokens.* between 1 and the context of 64"),
+    (lambda model: Decoder(model, 1).prefill(random_tokens(1, 65)), "65 tokens.* between 1 and the context of 64"),
+    (lambda model: Decoder(model, 2).prefill(random_tokens(1, 9)), "the prompt has 1 texts: must be 2"),
+    (lambda model: Decoder(model, 1, max_seq_len=65), "max_seq_len must be between 1 and the context of 64, not 65"),
+    (lambda model: overflow(model).generate(random_tokens(1, 20), 5, temperature=0), "logits are not finite"),
 ])  # fmt: skip
-def test_generate_names_what_is_wrong(change, message, monkeypatch):
-    """One clear ValueError for what a user can get wrong, not an error from inside PyTorch."""
+def test_a_call_names_what_is_wrong(call, message, monkeypatch):
+    """A row changes an argument of `generate`, or is another call. Guards against a slice of the RoPE table that silently ends
+    early, and garbage sampled from weights that overflow."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=message):
-        random_model(max_seq_len=64).generate(**{"idx": random_tokens(1, 20), "max_new_tokens": 5, **change})
+    model, usual = random_model(max_seq_len=64), {"idx": random_tokens(1, 20), "max_new_tokens": 5}
+    refused(lambda: model.generate(**{**usual, **call}) if isinstance(call, dict) else call(model), message)
 
 
-def test_weights_that_overflow_are_said():
-    """In the prompt, and not sampled from: with temperature 0 the text would be garbage, else an error from inside PyTorch."""
-    model = random_model()
+def overflow(model):
     model.layers[1].feed_forward.w2.weight[0, 0] = math.inf
-    with pytest.raises(ValueError, match="logits are not finite"):
-        model.generate(random_tokens(1, 20), 5, temperature=0)
-
-
-@pytest.mark.parametrize("T", [0, 65])
-def test_the_forward_pass_refuses_what_is_not_in_the_context(T):
-    """Guards against a slice of the RoPE table that silently ends early."""
-    model = random_model(max_seq_len=64)
-    for call in (model, Decoder(model, 1).prefill):
-        with pytest.raises(ValueError, match=f"{T} tokens.* between 1 and the context of 64"):
-            call(random_tokens(1, T))
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files
+# Files in Meta's format
 
 
 def write_tokenizer(folder, change=lambda lines: lines):
@@ -1027,35 +1049,33 @@ def write_tokenizer(folder, change=lambda lines: lines):
     tokens = [bytes([i]) for i in range(256)] + [b"th", b" th", b"the", b" the"]
     lines = [base64.b64encode(token) + b" %d" % i for i, token in enumerate(tokens)]
     (folder / "tokenizer.model").write_bytes(b"\n".join(change(lines)))
+    return folder
 
 
 def test_tokenizer(tmp_path):
     """Round trip of any text, merges by rank, special tokens only on request, Llama 3.1's order of stop tokens."""
-    write_tokenizer(tmp_path)
-    tokenizer = Tokenizer.from_checkpoint(tmp_path)
+    tokenizer = Tokenizer.from_checkpoint(write_tokenizer(tmp_path))
     for text in ("", "the other", "Ünïcødé 你好 🙂\r\n\t 1234  x", "<|end_of_text|> the"):
         for special in (False, True):
             ids = tokenizer.encode(text, bos=True, special=special)
             assert ids[0] == tokenizer.bos == 260 and tokenizer.decode(ids[1:]) == text
-            assert b"".join(map(tokenizer.token_bytes, ids[1:])) == text.encode()
             assert (261 in ids) == (special and "end_of_text" in text)
     assert tokenizer.encode("the the") == [258, 259] and tokenizer.decode([0xE4]) == "\ufffd"
     assert tokenizer.vocab_size == 260 + 256
     assert tokenizer.stop_tokens == [261, 268, 269]  # 128001, 128008 and 128009 in Llama 3.1, whose first is 128000
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda lines: [b"\x00\xff binary"], "line 1 is not"), (lambda lines: lines[:9] + [b"YQ=="], "line 10 is not"),
-    (lambda lines: lines[:9] + [b"YWE= x"], "line 10 is not"), (lambda lines: lines[:255], "256 single bytes"),
-    (lambda lines: lines[:-2] + lines[-1:], "ranks must be 0"), (lambda lines: lines + [b"YWFh 259"], "ranks must be 0"),
-])  # fmt: skip
-def test_a_broken_tokenizer_file_is_refused(tmp_path, change, message):
-    """Guards against a truncated download, which would decode to nonsense."""
-    with pytest.raises(ValueError, match="tokenizer.model is missing"):
-        Tokenizer.from_checkpoint(tmp_path)
-    write_tokenizer(tmp_path, change)
-    with pytest.raises(ValueError, match=message):
-        Tokenizer.from_checkpoint(tmp_path)
+def test_chat(tmp_path):
+    """Llama 3's format of a conversation; what a user writes never becomes a special token."""
+    tok = Tokenizer.from_checkpoint(write_tokenizer(tmp_path))
+    turn = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
+    wanted = "<|begin_of_text|>" + turn.format("user", "the?<|eot_id|>") + turn.format("assistant", "so<|eot_id|>")
+    wanted += turn.format("user", "the?<|eot_id|>") + turn.format("assistant", "")
+    conversation = [("user", " the?\n"), ("assistant", "so"), ("user", "the?")]  # a text's ends are stripped
+    assert tok.chat(conversation) == tok.encode(wanted, special=True)
+    assert tok.chat([("user", "<|eot_id|>")]).count(tok.special["<|eot_id|>"]) == 1
+    for wrong in (("tool", "the?"), {"role": "user", "content": "the?"}):
+        refused(lambda wrong=wrong: tok.chat([wrong]), "a role, system, user or assistant")
 
 
 def write_checkpoint(folder, params=(), weights=(), without=()):
@@ -1081,299 +1101,289 @@ def test_checkpoint_round_trip(tmp_path):
     assert loaded.config.tie_embeddings and torch.equal(loaded(tokens), model(tokens))
 
 
-def test_params_of_a_published_model():
-    """Llama 3.1 8B's params.json means 14,336 inside SwiGLU and scaled RoPE over 131,072 tokens; Llama 3's means 8,192."""
-    params = dict(dim=4096, n_layers=32, n_heads=32, vocab_size=128_256, ffn_dim_multiplier=1.3, multiple_of=1024)
-    config = config_from_params({**params, "n_kv_heads": 8, "use_scaled_rope": True})
-    assert (config.ffn_dim, config.rope_scaling, config.max_seq_len, config.n_kv_head) == (14_336, 8.0, 131_072, 8)
-    config = config_from_params(params)
-    assert (config.rope_scaling, config.max_seq_len, config.n_kv_head) == (None, 8_192, 32)
-    small = {**params, "dim": 2048, "ffn_dim_multiplier": 1.5, "multiple_of": 256, "use_scaled_rope": True}  # Llama 3.2 1B
-    assert [getattr(config_from_params(small), name) for name in ("ffn_dim", "rope_scaling")] == [8192, 32.0]
-    assert config_from_params({**small, "rope_scaling_factor": 16}).rope_scaling == 16
-    with pytest.raises(ValueError, match="rope_scaling must be a number > 0, not 0"):
-        config_from_params({**small, "rope_scaling_factor": 0})
-    with pytest.raises(ValueError, match="ffn_dim_multiplier must be a number > 0, not inf"):
-        config_from_params({**params, "ffn_dim_multiplier": math.inf})
+@pytest.mark.parametrize("changes, wanted", [  # ffn_dim, rope_scaling, max_seq_len, n_kv_head
+    (dict(dim=4096, ffn_dim_multiplier=1.3, multiple_of=1024), (14_336, None, 8_192, 32)),  # Llama 3 8B
+    (dict(dim=4096, ffn_dim_multiplier=1.3, multiple_of=1024, n_kv_heads=8, use_scaled_rope=True),
+     (14_336, 8.0, 131_072, 8)),  # Llama 3.1 8B
+    (dict(use_scaled_rope=True), (8192, 32.0, 131_072, 32)),  # Llama 3.2 1B's width
+    (dict(use_scaled_rope=True, rope_scaling_factor=16), (8192, 16, 131_072, 32)),
+])  # fmt: skip
+def test_params_of_a_published_model(changes, wanted):
+    """What a published params.json leaves unsaid: the size inside SwiGLU, the context, and RoPE's factor."""
+    config = from_meta(**changes)
+    assert (config.ffn_dim, config.rope_scaling, config.max_seq_len, config.n_kv_head) == wanted
+
+
+def damage(name, content=None):
+    """A function that replaces a file of a folder: by bytes, by what a function makes of its bytes, or by nothing."""
+
+    def change(folder):
+        path = folder / name
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content(path.read_bytes()) if callable(content) else content)
+
+    return change
+
+
+def hostile(folder):
+    """PyTorch's format, around a pickle that calls open(trap, "w")."""
+    with zipfile.ZipFile(folder / "consolidated.00.pth", "w") as file:
+        file.writestr("x/data.pkl", f"cbuiltins\nopen\n(V{(folder / 'trap').as_posix()}\nVw\ntR.")
+        file.writestr("x/version", "3\n")
+
+
+PTH, UNREADABLE = "consolidated.00.pth", "not a readable PyTorch file of weights|dictionary of tensors"
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(without=["layers.1.attention.wq.weight"]), "layers.1.attention.wq.weight .*no such tensor"),
-    (dict(weights={"layers.2.ffn_norm.weight": torch.ones(48)}), "layers.2.ffn_norm.weight .*unknown name"),
-    (dict(weights={"norm.weight": torch.ones(49)}), r"norm.weight should have shape \(48,\), the file has \(49,\)"),
-    (dict(weights={"norm.weight": [1.0] * 48}), "dictionary of tensors"), (dict(params={"n_heads": 5}), "n_head 5"),
-    (dict(params={"n_layers": 3}), "layers.2.* no such tensor"), (dict(params={"vocab_size": 60}), r"\(60, 48\), .*\(61, 48\)"),
+    (damage("tokenizer.model"), "tokenizer.model is missing"),
+    (lambda folder: write_tokenizer(folder, lambda lines: [b"\x00\xff binary"]), "line 1 is not"),
+    (lambda folder: write_tokenizer(folder, lambda lines: lines[:9] + [b"YQ=="]), "line 10 is not"),
+    (lambda folder: write_tokenizer(folder, lambda lines: lines[:9] + [b"YWE= x"]), "line 10 is not"),
+    (lambda folder: write_tokenizer(folder, lambda lines: lines[:255]), "256 single bytes"),
+    (lambda folder: write_tokenizer(folder, lambda lines: lines[:-2] + lines[-1:]), "ranks must be 0"),
+    (lambda folder: write_tokenizer(folder, lambda lines: lines + [b"YWFh 259"]), "ranks must be 0"),
+    (damage("params.json"), "neither params.json"), (damage("params.json", b"{"), "not JSON"),
+    (damage("params.json", b"[1]"), "a JSON object was expected, not list"),
+    (damage("params.json", b"{}"), "dim must be .* not .missing"),
+    (partial(write_checkpoint, params={"n_heads": 5}), "n_head 5"),
+    (partial(write_checkpoint, params={"n_layers": 3}), "layers.2.* no such tensor"),
+    (partial(write_checkpoint, params={"vocab_size": 60}), r"\(60, 48\), .*\(61, 48\)"),
+    (partial(write_checkpoint, without=["layers.1.attention.wq.weight"]), "layers.1.attention.wq.weight .*no such tensor"),
+    (partial(write_checkpoint, weights={"layers.2.norm.weight": torch.ones(48)}), "layers.2.norm.weight .*unknown name"),
+    (partial(write_checkpoint, weights={"norm.weight": torch.ones(49)}), r"norm.weight .*\(48,\), the file has \(49,\)"),
+    (partial(write_checkpoint, weights={"norm.weight": [1.0] * 48}), "dictionary of tensors"),
+    (partial(write_checkpoint, weights={"norm.weight": Decimal(1)}), UNREADABLE),
+    (damage(PTH), "consolidated.00.pth is missing"), (damage(PTH, lambda whole: whole[: len(whole) // 2]), UNREADABLE),
+    (damage(PTH, lambda whole: whole[:-100]), UNREADABLE), (damage(PTH, b""), UNREADABLE), (damage(PTH, b"hello"), UNREADABLE),
+    (damage(PTH, b"(lp0\nI1\na."), UNREADABLE),  # a pickled [1]
+    (lambda folder: torch.save([torch.ones(3)], folder / PTH), UNREADABLE),
+    (lambda folder: torch.save(torch.ones(3), folder / PTH), UNREADABLE), (hostile, UNREADABLE),
+    (lambda folder: torch.save({}, folder / "consolidated.01.pth"), "split over GPUs are not supported"),
+    (lambda folder: folder.rename(folder.with_name("elsewhere")), "no such folder"),
 ])  # fmt: skip
-def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
-    """Guards against strict=False: a tensor left out, of another shape, or of another model, is an error with its name."""
-    write_checkpoint(tmp_path, **change)
-    with pytest.raises(ValueError, match=message):
-        Llama.from_checkpoint(tmp_path)
-
-
-def test_a_missing_or_broken_params_file_is_named(tmp_path):
-    """One clear ValueError for a folder or a file that is not there, and for a params.json that is something else."""
-    write_checkpoint(tmp_path)
-    for text, message in (
-        ("{", "not JSON"),
-        ("[1]", "a JSON object was expected, not list"),
-        ("{}", "dim must be .* not .missing"),
-    ):
-        (tmp_path / "params.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            Llama.from_checkpoint(tmp_path)
-    for name, message in (("consolidated.00.pth", "consolidated.00.pth is missing"), ("params.json", "neither params.json")):
-        (tmp_path / name).unlink()
-        with pytest.raises(ValueError, match=message):
-            Llama.from_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
-        Llama.from_checkpoint(tmp_path / "nowhere")
-
-
-def test_a_file_that_is_not_weights_is_refused_and_not_run(tmp_path):
-    """Truncated, empty, foreign and hostile files: one ValueError, and no code out of the file is executed."""
-    write_checkpoint(tmp_path)
-    path, trap = tmp_path / "consolidated.00.pth", tmp_path / "trap"
-    whole = path.read_bytes()
-
-    def refused():
-        with pytest.raises(ValueError, match="not a readable PyTorch file of weights|dictionary of tensors"):
-            Llama.from_checkpoint(tmp_path)
-
-    for content in (whole[: len(whole) // 2], whole[:-100], b"", b"hello", b"(lp0\nI1\na."):  # the last is a pickled [1]
-        path.write_bytes(content)
-        refused()
-    for value in ([torch.ones(3)], torch.ones(3), {"norm.weight": Decimal(1)}):
-        torch.save(value, path)
-        refused()
-    with zipfile.ZipFile(path, "w") as file:  # PyTorch's format, around a pickle that calls open(trap, "w")
-        file.writestr("x/data.pkl", f"cbuiltins\nopen\n(V{trap.as_posix()}\nVw\ntR.")
-        file.writestr("x/version", "3\n")
-    refused()
-    assert not trap.exists()
+def test_a_damaged_folder_is_refused(tmp_path, change, message):
+    """One clear ValueError. Guards against truncated downloads, strict=False, and code of a pickle that is run."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_checkpoint(folder), write_tokenizer(folder)
+    load = lambda: (Tokenizer.from_checkpoint(folder), Llama.from_checkpoint(folder))  # noqa: E731
+    load()
+    change(folder)
+    refused(load, message)
+    assert not (folder / "trap").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Hugging Face folders
+# Hugging Face folders: the oracle is transformers, which also writes the files
 
 
-@pytest.mark.parametrize("names, wanted", [
-    (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"],
-     "<|begin_of_text|>[user]\n\nthe?<|eot_id|>[assistant]\n\nso<|eot_id|>[user]\n\nthe?<|eot_id|>[assistant]\n\n"),
-    (["<|im_start|>", "<|im_end|>"], "<|im_start|>user\nthe?<|im_end|>\n<|im_start|>assistant\nso<|im_end|>\n"
-     "<|im_start|>user\nthe?<|im_end|>\n<|im_start|>assistant\n"),
-    (["<|begin_of_text|>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<|start_header_id|>"],
-     "<|begin_of_text|><｜User｜>the?<｜Assistant｜>so<｜end▁of▁sentence｜><｜User｜>the?<｜Assistant｜><think>\n"),
-])  # fmt: skip
-def test_chat_formats(names, wanted):
-    """The three published formats; what a user writes never becomes a special token."""
-    special = {name: 256 + i for i, name in enumerate(names)}
-    tok = Tokenizer({bytes([b]): b for b in range(256)}, special, bos=special.get("<|begin_of_text|>"))
-    wanted = wanted.replace("[", "<|start_header_id|>").replace("]", "<|end_header_id|>")
-    said = "<think>hm</think>so" if "<｜User｜>" in names else "so"
-    assert tok.chat([("user", "the?"), ("assistant", said), ("user", "the?")]) == tok.encode(wanted, special=True)
-    assert tok.chat([("user", names[0])]).count(256) == tok.chat([("user", "the?")]).count(256)
-    if "<|eot_id|>" in names:
-        assert tok.chat([("user", " the?\n")]) == tok.chat([("user", "the?")])  # Llama's is stripped
-    for wrong in (("tool", "the?"), {"role": "user", "content": "the?"}):
-        with pytest.raises(ValueError, match="a role, system, user or assistant"):
-            tok.chat([wrong])
-    with pytest.raises(ValueError, match="no special tokens for a conversation"):
-        Tokenizer({bytes([b]): b for b in range(256)}, {}).chat([("user", "the?")])
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None,
+    reason="transformers is not installed (pip install -e '.[hf]'): Hugging Face folders are not tested here",
+)
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192, "rope_theta": 500_000.0}  # fmt: skip
+CHAT = "{% for m in messages %}<|turn|>{{ m.role }}:{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"  # noqa: E501
 
 
-def save_safetensors(path, weights, header=None):
-    """The format by its description: 8 bytes of length, a JSON header, the tensors one after the other."""
-    entries, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, w in weights.items():
-        raw = w.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        dtype = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}[w.dtype]
-        entries[name] = {"dtype": dtype, "shape": list(w.shape), "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    header = json.dumps(entries).encode() if header is None else header
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+def write_hugging_face(folder, kind="llama", shard="1GB", **config):
+    """A small random model, in float64, as transformers saves it; returns it."""
+    import transformers
 
-
-def write_hugging_face(folder, qkv_bias=False, config=(), shards=1):
-    """`random_model` as Hugging Face stores it, under their names, a head's two halves RoPE's pairs; returns the model."""
-    model = random_model(hs=16, n_layer=2, ffn_dim=128, rope_scaling=8.0, rope_theta=500_000.0, qkv_bias=qkv_bias)
-    names = {
-        "tok_embeddings": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "output": "lm_head",
-        "attention": "self_attn", "wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj",
-        "feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj",
-        "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    }  # fmt: skip
-    weights = {}
-    for name, w in model.state_dict().items():
-        if ".wq." in name or ".wk." in name:
-            heads = w.view(-1, 16, *w.shape[1:])
-            w = torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1).view(w.shape)
-        weights[".".join(names.get(part, part) for part in name.split("."))] = w
-    files = [f"model-{i + 1}.safetensors" for i in range(shards)] if shards > 1 else ["model.safetensors"]
-    for i, file in enumerate(files):
-        save_safetensors(folder / file, dict(list(weights.items())[i::shards]))
-    if shards > 1:
-        index = {name: files[i % shards] for i, name in enumerate(weights)}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    scaling = dict(
-        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
-    contents = dict(
-        model_type="qwen2" if qkv_bias else "llama", hidden_size=96, num_hidden_layers=2, num_attention_heads=6, vocab_size=61,
-        num_key_value_heads=2, intermediate_size=128, rms_norm_eps=1e-5, max_position_embeddings=256, rope_theta=500_000.0,
-        rope_scaling=scaling, hidden_act="silu",
-    ) | dict(config)  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in contents.items() if v != "left out"}))
+    shape = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=64,
+                 vocab_size=300, max_position_embeddings=128, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    kinds = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+             "qwen3": ("Qwen3Config", "Qwen3ForCausalLM")}  # fmt: skip
+    make_config, make_model = (getattr(transformers, name) for name in kinds[kind])
+    torch.manual_seed(0)
+    model = make_model(make_config(**{**shape, **config})).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3) if p.ndim == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size=shard)
     return model
 
 
-@pytest.mark.parametrize("qkv_bias, shards", [(False, 1), (False, 3), (True, 2)])
-def test_a_hugging_face_folder_is_the_same_model(tmp_path, qkv_bias, shards):
-    """Guards against a RoPE layout converted twice or not at all: the logits are those of Meta's layout, bit for bit."""
-    model, tokens = write_hugging_face(tmp_path, qkv_bias, shards=shards), random_tokens(2, 40)
-    save_safetensors(tmp_path / "other.safetensors", {"model.norm.weight": torch.ones(96)})  # nobody names it
-    loaded = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
-    assert loaded.config == model.config and torch.equal(loaded(tokens), model(tokens))
-    assert_decodes_its_own_forward(loaded, tokens)  # with its biases
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), **config.pop("rope_scaling")}  # transformers 5
-    config.update(tie_word_embeddings=True, head_dim=16)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    model.output.weight.copy_(model.tok_embeddings.weight)
-    assert torch.equal(Llama.from_checkpoint(tmp_path, dtype=torch.float64)(tokens), model(tokens))
+def write_hugging_face_tokenizer(folder, **special):
+    """256 bytes, two merges and three special tokens, with a post-processor that begins a text and a chat template."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"])}
+    tok = tokenizers.Tokenizer(models.BPE(vocab, [("t", "h"), ("th", "e")]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.add_special_tokens(["<|start|>", "<|turn|>", "<|end|>"])  # 258, 259, 260
+    tok.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 258)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, chat_template=CHAT, **{"eos_token": "<|end|>", **special})
+    fast.save_pretrained(folder)
+    return fast
 
 
-@pytest.mark.parametrize("config, message", [
-    ({"hidden_size": "left out"}, "hidden_size is missing"), ({"use_sliding_window": True}, "use_sliding_window True"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type must be"), ({"mlp_bias": True}, "mlp_bias True"),
-    ({"quantization_config": {}}, "quantised"), ({"head_dim": 15}, "head_size"), ({"attention_bias": True}, "attention_bias"),
-    ({"head_dim": "16"}, "head_size"), ({"rope_scaling": "linear"}, "rope 'linear'"), ({"rms_norm_eps": math.inf}, "norm_eps"),
-    ({"dual_chunk_attention_config": {}}, "dual_chunk_attention_config {}"),
-    ({"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4,
-                       "original_max_position_embeddings": 8192}}, "rope_scaling must be a number > 0"),
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind, shard, config", [
+    ("llama", "1GB", {}), ("llama", "30KB", {"rope_parameters": LLAMA3_ROPE}), ("llama", "1GB", {"tie_word_embeddings": True}),
+    ("llama", "1GB", {"head_dim": 16, "num_key_value_heads": 6, "rms_norm_eps": 1e-4}), ("qwen2", "30KB", {}),
+    ("qwen3", "30KB", {"head_dim": 16}),
 ])  # fmt: skip
-def test_what_a_config_asks_for_and_we_do_not_do_is_refused(tmp_path, config, message):
-    """By name, before any weight is read: a model that loads must be computed as its makers meant it."""
-    write_hugging_face(tmp_path, config=config)
-    with pytest.raises(ValueError, match=message):
-        Llama.from_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    with pytest.raises(ValueError, match="model_type must be llama or qwen2, not 'mixtral'"):
-        Llama.from_checkpoint(tmp_path)
+def test_a_hugging_face_folder_is_the_same_model(tmp_path, kind, shard, config):
+    """Guards against a RoPE layout converted twice or not at all, a lost bias, and rows of joint products in a wrong order."""
+    theirs, tokens = write_hugging_face(tmp_path, kind, shard, **config), random_tokens(2, 90)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or shard == "30KB"
+    save_file = importlib.import_module("safetensors.torch").save_file
+    save_file({"model.norm.weight": torch.ones(48)}, tmp_path / "other.safetensors")  # nobody names it
+    ours = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = theirs(tokens).logits
+    close(ours(tokens), wanted, 2e-5)  # theirs computes norms and angles in float32, also in a float64 model
+    close(decode(ours, None, tokens, 40)[0], ours(tokens)[:, 39:], 1e-10)
 
 
+@needs_transformers
+def test_both_spellings_of_rope_settings(tmp_path):
+    """rope_theta beside rope_scaling, as in published folders, and rope_parameters, as transformers 5 writes them."""
+    write_hugging_face(tmp_path, rope_parameters=LLAMA3_ROPE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scaling = dict(config.pop("rope_parameters"))
+    theta = scaling.pop("rope_theta")
+    new = Llama.from_checkpoint(tmp_path).config
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_theta": theta, "rope_scaling": scaling}))
+    assert Llama.from_checkpoint(tmp_path).config == new and (new.rope_theta, new.rope_scaling) == (5e5, 8.0)
+
+
+@needs_transformers
+@pytest.mark.parametrize("change, message", [
+    ({"use_sliding_window": True}, "use_sliding_window True is not supported"), ({"mlp_bias": True}, "mlp_bias True"),
+    ({"attention_bias": True}, "attention_bias True"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"), ({"head_dim": 15}, "head_dim"),
+    ({"dual_chunk_attention_config": {}}, "dual_chunk_attention_config {}"), ({"model_type": "mixtral"}, "not 'mixtral'"),
+    ({"model_type": "unheard"}, "AutoConfig cannot be read"), ({"hidden_size": "wide"}, "AutoConfig cannot be read"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn.* are not supported"),
+    ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "are not supported"),
+    ({"rope_parameters": {**LLAMA3_ROPE, "factor": 0}}, "rope_scaling must be a number > 0, not 0"),
+    ({"rms_norm_eps": math.inf}, "norm_eps"), ({"vocab_size": 301}, r"\(301, 48\), the file has \(300, 48\)"),
+    ({"num_hidden_layers": 3}, "layers.2.* no such tensor"), ({"num_hidden_layers": 1}, "layers.1.* unknown name"),
+])  # fmt: skip
+def test_what_a_config_asks_for_and_we_do_not_do_is_refused(tmp_path, change, message):
+    """By name: a model that loads must be computed as its makers meant it."""
+    write_hugging_face(tmp_path)
+    edit(tmp_path / "config.json", **change)
+    refused(lambda: Llama.from_checkpoint(tmp_path), message)
+
+
+@needs_transformers
+def test_a_tied_head_that_is_in_the_file(tmp_path):
+    """The table once more, or a head of its own, which then counts, as it does for transformers."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    write_hugging_face(tmp_path, tie_word_embeddings=True)
+    weights, tokens = load_file(tmp_path / "model.safetensors"), random_tokens(1, 30)
+    for tied, scale in ((True, 1), (False, -2)):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * scale
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        ours = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
+        with torch.no_grad():
+            close(ours(tokens), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(tokens).logits, 2e-5)
+        assert ours.config.tie_embeddings == tied
+
+
+@needs_transformers
 def test_broken_safetensors_are_refused(tmp_path):
-    """Truncated files, absurd headers, missing shards and tensors: one ValueError each, naming the file or tensor."""
-    write_hugging_face(tmp_path, shards=2)
-    file = tmp_path / "model-1.safetensors"
-    whole = file.read_bytes()
-
-    def refused(message):
-        with pytest.raises(ValueError, match=message):
-            Llama.from_checkpoint(tmp_path)
-
-    for content, message in (
-        (whole[:-1], "truncated"), (whole[:100], "truncated"), (b"", "truncated"),
-        ((2**62).to_bytes(8, "little"), "a header of 4611"),
-        (whole.replace(b'"F64"', b'"I64"', 1), "dtype I64"), (whole[:8] + b"[" + whole[9:], "header is not"),
-        (whole.replace(b"[0, ", b"[-1,", 1), "header is not"), (whole.replace(b'"F64"', b"[123]", 1), "dtype"),
-    ):  # fmt: skip
-        file.write_bytes(content)
-        refused(message)
-    save_safetensors(file, {})
-    refused("the index names model.embed_tokens.weight, which model-1.safetensors does not hold")
-    file.unlink()
-    refused("model-1.safetensors is missing")
-    (tmp_path / "model.safetensors.index.json").unlink()
-    refused("model.safetensors is missing")
-    (tmp_path / "model-2.safetensors").rename(tmp_path / "model.safetensors")
-    refused("no such tensor")
+    """Truncated and foreign files, missing shards and tensors: one ValueError each, naming the file or the tensor."""
+    write_hugging_face(tmp_path, shard="30KB")
+    load, index = lambda: Llama.from_checkpoint(tmp_path), tmp_path / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    whole = (tmp_path / names[0]).read_bytes()
+    for content in (whole[:-1], whole[:100], b"", (2**62).to_bytes(8, "little"), whole[:8] + b"[" + whole[9:]):
+        (tmp_path / names[0]).write_bytes(content)
+        refused(load, f"{names[0]}: not readable as safetensors")
+    (tmp_path / names[0]).write_bytes(whole.replace(b'"F64"', b'"I64"', 1))
+    refused(load, "must hold floating-point numbers, not torch.int64")
+    (tmp_path / names[0]).unlink()
+    refused(load, f"{names[0]} is missing")
+    (tmp_path / names[0]).write_bytes((tmp_path / names[1]).read_bytes())
+    refused(load, f"is in {names[1]} and in another file")
+    edit(index, weight_map={"model.norm.weight": names[1], "no.such": names[1]})
+    refused(load, f"the index names (model.norm.weight|no.such), which {names[1]} does not hold")
+    edit(index, weight_map=[])
+    refused(load, "has no weight_map")
+    index.unlink()
+    refused(load, "model.safetensors is missing")
 
 
-def write_tokenizer_json(folder, **changes):
-    """The tokenizer of `write_tokenizer` as Hugging Face writes it; returns both."""
-    write_tokenizer(folder)
-    ours = Tokenizer._from_ranks(folder)
-    shown = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
-    shown |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in shown)}
-    spell = lambda token: "".join(shown[b] for b in token)  # noqa: E731
-    split = {"type": "Split", "pattern": {"Regex": Tokenizer.pattern}}
-    file = {
-        "added_tokens": [{"id": 260, "content": "<|start|>"}, {"id": 261, "content": "<|stop|>"}],
-        "pre_tokenizer": {"pretokenizers": [split, {"type": "ByteLevel", "use_regex": False}]},
-        "model": {
-            "vocab": {spell(t): i for t, i in ours.bpe._mergeable_ranks.items()},
-            "merges": ["t h", "Ġ th", "th e", "Ġ the"],
-        },
-        "post_processor": {"single": ["<|start|>", "A"]},
-    } | changes
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 260, "eos_token_id": 261}))
-    (folder / "tokenizer.json").write_text(json.dumps(file))
-    return ours, file
+@needs_transformers
+def test_a_hugging_face_tokenizer_is_the_folder_s(tmp_path):
+    """Ids, chat and the tokens that end a text are those of transformers; names of special tokens in a text are text."""
+    write_hugging_face(tmp_path, eos_token_id=7)
+    theirs = write_hugging_face_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9]}))
+    ours = Tokenizer.from_checkpoint(tmp_path)
+    for text in ("the other", "Ünïcødé 你好 🙂\r\n\t 1234  x \0", ""):
+        assert ours.encode(text, bos=True) == theirs.encode(text) and ours.decode(ours.encode(text)) == text
+    assert ours.encode("<|end|>the", special=True) == [260, 257] != ours.encode("<|end|>the")
+    assert (ours.bos, ours.vocab_size, ours.stop_tokens) == (258, 261, [7, 8, 9, 260])
+    said = [("system", "be"), ("user", "the?"), ("assistant", "so"), ("user", "oh")]
+    wanted = (
+        "<|turn|>system:be<|end|><|turn|>user:the?<|end|><|turn|>assistant:so<|end|><|turn|>user:oh<|end|><|turn|>assistant:"
+    )
+    assert ours.chat(said) == ours.encode(wanted, special=True) and ours.decode(ours.chat(said)) == wanted
+    assert ours.decode([257, 9999, 257]) == "thethe"  # an id that only the model has is no text
+    theirs.chat_template = "{{ raise_exception('no chat here') }}"
+    theirs.save_pretrained(tmp_path)
+    refused(lambda: Tokenizer.from_checkpoint(tmp_path).chat(said), "chat template: no chat here")
+    (tmp_path / "tokenizer.json").write_text("{")
+    refused(lambda: Tokenizer.from_checkpoint(tmp_path), "AutoTokenizer cannot be read")
 
 
-def test_a_tokenizer_from_json(tmp_path):
-    """The same ids from tokenizer.json as from ranks, and special tokens; ids that only the model has are no text."""
-    ours, _ = write_tokenizer_json(tmp_path)
-    theirs = Tokenizer.from_checkpoint(tmp_path)
-    for text in ("the other", "Ünïcødé 你好 🙂\r\n\t 1234  x \0", "<|stop|> the"):
-        assert theirs.encode(text) == ours.encode(text) and theirs.decode(theirs.encode(text)) == text
-    assert theirs.encode("<|stop|>", bos=True, special=True) == [260, 261]
-    assert theirs.decode([258, 9999, 258]) == "thethe"  # Qwen's models have ids that their tokenizers do not know
+@needs_transformers
+def test_the_command_reads_a_hugging_face_folder(capsys, tmp_path):
+    """The text is that of the ids, whole characters also where one is spread over several tokens."""
+    write_hugging_face(tmp_path)
+    write_hugging_face_tokenizer(tmp_path)
+    args = f"--checkpoint {tmp_path} --prompt the --max_new_tokens 60 --temperature 3"
+    code, text, _ = command(capsys, args)
+    model, tok = Llama.from_checkpoint(tmp_path), Tokenizer.from_checkpoint(tmp_path)
+    retro = RetroConfig(page_size=8, min_tokens=16, dense_layers=0)
+    ids = model.generate(torch.tensor([tok.encode("the", bos=True)]), 60, retro, 3.0, top_p=0.95, seed=1337,
+                         stop_tokens=tok.stop_tokens)[0, 1:].tolist()  # fmt: skip
+    assert code == 0 and text == tok.decode([i for i in ids if i not in tok.stop_tokens]) + "\n" and len(text) > 20
+    assert "\ufffd" in text  # random bytes are no UTF-8: each is shown, and none is held back
+    assert command(capsys, args + " --chat")[0] == 0
 
 
-def test_first_and_last_tokens_are_as_the_folder_says(tmp_path):
-    """Begin of text from the post-processor or the options, of several files the later one, and null says nothing."""
-    write_tokenizer_json(tmp_path)
-    theirs = Tokenizer.from_checkpoint(tmp_path)
-    assert (theirs.bos, theirs.stop_tokens) == (260, [261])
-    write_tokenizer_json(tmp_path, post_processor=None)  # Qwen names a first token that no text begins with
-    assert Tokenizer.from_checkpoint(tmp_path).encode("the", bos=True) == [258]
-    for said, start in ((False, []), (True, [260])):  # Qwen and DeepSeek say it here
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": said}))
-        assert Tokenizer.from_checkpoint(tmp_path).encode("the", bos=True) == [*start, 258]
-    for said, bos, stops in (
-        ({"bos_token_id": 261, "eos_token_id": 0}, 261, [0]),
-        ({"eos_token_id": None}, 260, [261]),  # not said
-    ):
-        (tmp_path / "generation_config.json").write_text(json.dumps(said))
-        tokenizer = Tokenizer.from_checkpoint(tmp_path)
-        assert (tokenizer.bos, tokenizer.stop_tokens) == (bos, stops)
-
-
-def test_another_tokenizer_is_refused(tmp_path):
-    """Another kind of BPE, or none: ids that only look right would be worse."""
-    _, file = write_tokenizer_json(tmp_path)
-    split, to_bytes = file["pre_tokenizer"]["pretokenizers"]
-    for change, message in (
-        ({"pre_tokenizer": {"pretokenizers": [split, {**to_bytes, "use_regex": True}]}}, "of another kind"),
-        ({"normalizer": {"type": "Lowercase"}}, "of another kind"),
-        ({"model": {**file["model"], "merges": ["th e", "t h"]}}, "tokenizer.json is"),
-        ({"model": {**file["model"], "vocab": {"a": 0}}}, "tokenizer.json is"),
-        ({"model": {**file["model"], "merges": [1]}}, "tokenizer.json is"),
-    ):
-        write_tokenizer_json(tmp_path, **change)
-        with pytest.raises(ValueError, match=message):
-            Tokenizer.from_checkpoint(tmp_path)
+def test_without_transformers_a_hugging_face_folder_says_what_to_install(tmp_path, monkeypatch):
+    """One line, from the model and from the tokenizer; Meta's format needs none of it."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for load in (Llama, Tokenizer):
+        refused(lambda load=load: load.from_checkpoint(tmp_path), r"pip install -e '\.\[hf\]'")
+    assert Tokenizer.from_checkpoint(TINY).encode("the")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The benchmark
+# The benchmark: neighbours of the method
 
 
-BENCH = RetroConfig(page_size=8, budget=0.2, min_tokens=16, window=1, dense_layers=0, impl="torch")
+BENCH = replace(SPARSE, window=1, dense_layers=0)
 
 
-def neighbour(name, retro, prompt_len=45, T=110):
-    """Yields (t, output (B, 1, n_head, hs)) of one layer of a neighbour, and what goes in: q, k, v before rotation."""
+def neighbour(name, prompt_len=45, T=110):
+    """Yields (t, output (B, n_head, hs)) of one layer of a neighbour, and what goes in: q, k, v before rotation."""
     q, k, v = random_qkv(T=T)
     config = random_model().config
-    layer = bench.LAYERS[name](new_layer(retro, q, k).cache)
+    layer = bench.LAYERS[name](new_layer(BENCH, q, k).cache)
     cos, sin = rope_table(config, config.max_seq_len, "cpu", torch.float64)
     layer.cache.k.fill_(math.nan), layer.cache.v.fill_(math.nan)
-    rotated = [apply_rope(x[:, :prompt_len], cos[:prompt_len], sin[:prompt_len]) for x in (q, k)]
-    layer.prefill(*rotated, v[:, :prompt_len])
-    steps = ((t, layer.decode(*(x[:, t : t + 1] for x in (q, k, v)), cos, sin, torch.tensor(t))) for t in range(prompt_len, T))
+    layer.prefill(*(apply_rope(x[:, :prompt_len], cos[:prompt_len], sin[:prompt_len]) for x in (q, k)), v[:, :prompt_len])
+    inputs = lambda t: (x[:, t : t + 1] for x in (q, k, v))  # noqa: E731
+    steps = ((t, layer.decode(*inputs(t), cos, sin, torch.tensor(t))[:, 0]) for t in range(prompt_len, T))
     turn = lambda x: torch.from_numpy(rotate(x.numpy(), np.arange(T), config))  # noqa: E731
     return steps, q, k, v, turn(q), turn(k)
 
@@ -1385,18 +1395,12 @@ def weights_over(q, k, keys):
     return e / e.sum(-1, keepdims=True)  # (n_head, keys)
 
 
-def check_output(o, q, k, v, t, kept_of):
-    """o (B, n_head, hs) is attention of the rotated q over the positions kept_of(b, KV head)."""
-    for b, h in np.ndindex(2, 6):
-        close(o[b, h], softmax_over(q[b, t, h], k[b, :, h // 3], v[b, :, h // 3], kept_of(b, h // 3))[0], 1e-11)
-
-
 def test_streaming_llm_keeps_sinks_and_recent_tokens_and_renumbers_them():
     """The list of what is held, the oldest but four dropped when it is too long; keys rotated by their place in the list.
 
     Guards against sinks at their old distance, and against tokens that come back when the budget grows.
     """
-    steps, q, k, v, *_ = neighbour("StreamingLLM", BENCH)
+    steps, q, k, v, *_ = neighbour("StreamingLLM")
     held, config, grown = list(range(45)), random_model().config, 0
     for t, o in steps:
         held.append(t)
@@ -1406,39 +1410,38 @@ def test_streaming_llm_keeps_sinks_and_recent_tokens_and_renumbers_them():
         places = np.arange(len(held))
         keys = torch.from_numpy(rotate(k[:, held].numpy(), places, config))
         query = torch.from_numpy(rotate(q[:, [t]].numpy(), places[-1:], config))
-        check_output(o[:, 0], query, keys, v[:, held], 0, lambda b, h, places=places: places)
+        check_output(o, query, keys, v[:, held], 0, lambda b, h: places)  # noqa: B023
     assert grown > 3, "the budget has never grown: the test is weaker than it should be"
 
 
 def test_tova_evicts_the_least_attended_token_of_the_layer():
-    """One list a text; after a step the tokens that its query attended to least, over all heads, make room for the next."""
-    steps, _, _, v, q, k = neighbour("TOVA", BENCH)
+    """One list per text; after a step the tokens that its query attended to least, over all heads, make room for the next."""
+    steps, _, _, v, q, k = neighbour("TOVA")
     kept = [list(range(45)), list(range(45))]
 
-    def evict(b, t):
-        mean = weights_over(q[b, t], k[b], kept[b]).mean(0)
-        while len(kept[b]) > pages_to_load(BENCH, t + 1)[0] * 8 - 1:
-            lowest = int(mean.argmin())
-            mean = np.delete(mean, lowest)
-            del kept[b][lowest]
+    def evict(t):
+        for b in range(2):
+            mean = weights_over(q[b, t], k[b], kept[b]).mean(0)
+            while len(kept[b]) > pages_to_load(BENCH, t + 1)[0] * 8 - 1:
+                lowest = int(mean.argmin())
+                mean = np.delete(mean, lowest)
+                del kept[b][lowest]
 
-    for b in range(2):
-        evict(b, 44)
+    evict(44)
     for t, o in steps:
         for b in range(2):
             kept[b].append(t)
             assert len(kept[b]) <= pages_to_load(BENCH, t)[0] * 8
-        check_output(o[:, 0], q, k, v, t, lambda b, h: kept[b])
-        for b in range(2):
-            evict(b, t)
+        check_output(o, q, k, v, t, lambda b, h: kept[b])
+        evict(t)
     assert kept[0] != kept[1] and kept[0] != list(range(110 - len(kept[0]), 110))
 
 
 def test_refreshkv_alternates_all_tokens_and_the_best_of_the_last_time(monkeypatch):
     """Every 10th step reads all; in between the tokens since then, and the best of that time in the room that is left."""
     monkeypatch.setattr(bench, "REFRESH", 10)
-    steps, _, _, v, q, k = neighbour("RefreshKV", BENCH)
-    ranked, last = {}, 44
+    steps, _, _, v, q, k = neighbour("RefreshKV")
+    kept, ranked, last = {}, {}, 44
     for t, o in steps:
         if t == 45 or (t - 45) % 10 == 0:  # after the prompt, and after each full step at 54, 64, ...
             last = t - 1
@@ -1446,36 +1449,25 @@ def test_refreshkv_alternates_all_tokens_and_the_best_of_the_last_time(monkeypat
                 mean = weights_over(q[b, last], k[b], list(range(last + 1)))[h * 3 : h * 3 + 3].mean(0)
                 ranked[b, h] = np.argsort(-mean).tolist()
         room = pages_to_load(BENCH, t)[0] * 8 - (t - last)
-        full = (t - 44) % 10 == 0
-        recent = range(last + 1, t + 1)
-        check_output(
-            o[:, 0],
-            q,
-            k,
-            v,
-            t,
-            lambda b, h: range(t + 1) if full else [*ranked[b, h][:room], *recent],  # noqa: B023
-        )
+        for place, best in ranked.items():
+            kept[place] = range(t + 1) if (t - 44) % 10 == 0 else [*best[:room], *range(last + 1, t + 1)]
+        check_output(o, q, k, v, t, lambda b, h: kept[b, h])
 
 
 def test_selection_reuse_chooses_at_every_second_step():
     """In between, the pages of the step before: with a page begun since in front, and the order of that time for the rest."""
-    steps, _, _, v, q, k = neighbour("selection reuse", BENCH)
-    ranked = {}
+    steps, _, _, v, q, k = neighbour("selection reuse")
+    ranked, kept = {}, {}
     for t, o in steps:
         count, held, window = pages_to_load(BENCH, t)
         for b, h in np.ndindex(2, 2):
             if (t - 45) % 2 == 0:
-                bounds = []
-                for j in range(held):
-                    page = k[b, j * 8 : min(j * 8 + 8, t + 1), h].numpy()
-                    query = q[b, t, h * 3 : h * 3 + 3].numpy()
-                    bounds.append(np.maximum(query * page.min(0), query * page.max(0)).sum())
+                bounds = quest_bounds(q[b, t, h * 3 : h * 3 + 3], k[b, :, h], t)
                 ranked[b, h] = sorted(range(held), key=lambda j: (j not in window, -bounds[j]))  # noqa: B023
             elif held - 1 not in ranked[b, h]:
                 ranked[b, h].insert(0, held - 1)
-        chosen = {key: set(pages[:count]) for key, pages in ranked.items()}
-        check_output(o[:, 0], q, k, v, t, lambda b, h: [j for j in range(t + 1) if j // 8 in chosen[b, h]])  # noqa: B023
+            kept[b, h] = [j for j in range(t + 1) if j // 8 in ranked[b, h][:count]]
+        check_output(o, q, k, v, t, lambda b, h: kept[b, h])
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1])
@@ -1486,9 +1478,8 @@ def test_resa_repairs_the_cache(monkeypatch, dense_layers):
     """
     monkeypatch.setattr(bench, "REFRESH", 8)
     model, tokens, quest = random_model(), random_tokens(2, 75), replace(BENCH, dense_layers=dense_layers)
-    decoders = [
-        bench.new_decoder(name, retro, model, 2, 75) for name, retro in (("ReSA", quest), ("Quest", quest), ("full", None))
-    ]
+    methods = (("ReSA", quest), ("Quest", quest), ("full", None))
+    decoders = [bench.new_decoder(name, retro, model, 2, 75) for name, retro in methods]
     for decoder in decoders:
         decoder.prefill(tokens[:, :41])
     for t in range(41, 75):
@@ -1497,27 +1488,29 @@ def test_resa_repairs_the_cache(monkeypatch, dense_layers):
             assert torch.equal(ours, quests)
         elif (t - 41) % 8 == 5:
             assert (ours - quests).abs().max() > 1e-6 and (ours - dense).abs().max() > 1e-6
-        same = [
-            torch.allclose(getattr(a.cache, x).flatten(2, 3)[:, :, : t + 1], getattr(b.cache, x).flatten(2, 3)[:, :, : t + 1],
-                           rtol=0, atol=1e-10)
-            for a, b in zip(decoders[0].layers, decoders[2].layers, strict=True) for x in "kv"
-        ]  # fmt: skip
-        assert all(same) == (t % 8 == 0)  # 48, 56, ...: eight steps each
-        if t % 8 == 0:
-            for layer in decoders[0].layers[dense_layers:]:
-                keys = layer.cache.k.flatten(2, 3)[:, :, t // 8 * 8 : t + 1]
-                assert torch.equal(layer.cache.k_max[:, :, t // 8], keys.amax(2))
+        found, wanted = (
+            torch.stack([x for layer in decoder.layers for x in by_position(layer.cache)])[:, :, :, : t + 1]
+            for decoder in (decoders[0], decoders[2])
+        )
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-10) == (t % 8 == 0)  # 48, 56, ...: eight steps each
+        for layer in decoders[0].layers[dense_layers:] if t % 8 == 0 else ():
+            keys = by_position(layer.cache)[0][:, :, t // 8 * 8 : t + 1]
+            assert torch.equal(layer.cache.k_max[:, :, t // 8], keys.amax(2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The benchmark: quality
 
 
 def test_kv_share_counts_bounds_and_dense_passes():
     """By hand: position 63 holds 8 pages of 8 tokens, a quarter is 2, the bounds of all are one page's worth of vectors."""
-    retro = RetroConfig(page_size=8, budget=0.25, min_tokens=8, window=1, dense_layers=0)
+    retro = replace(BENCH, budget=0.25)
     share = lambda name, n, retro=retro: bench.kv_share(name, retro, 4, range(64 - n, 64))  # noqa: E731
     assert share("Quest", 1) == share("Retro W=4", 1) == 3 / 8 and share("full", 1, None) == 1
     assert share("StreamingLLM", 1) == share("TOVA", 1) == 2 / 8
     assert share("Quest", 1, replace(retro, dense_layers=1)) == (1 + 3 * 3 / 8) / 4
     assert share("selection reuse", 2) == (3 + 2) / 16
-    steps = [(min(t // 8 + 1, -(-(t // 8 + 1) // 4)), t // 8 + 1) for t in range(32, 64)]
+    steps = [(max(2, -(-(t // 8 + 1) // 4)), t // 8 + 1) for t in range(32, 64)]
     held = sum(h for _, h in steps)
     assert share("RefreshKV", 32) == (sum(s for s, _ in steps[:-1]) + 8) / held
     assert math.isclose(share("ReSA", 32), (sum(s + h / 8 for s, h in steps) + 8) / held)
@@ -1562,25 +1555,8 @@ def test_a_full_budget_is_full_attention_in_the_table(monkeypatch):
     monkeypatch.setattr(bench, "REFRESH", 8)
     rows = bench.text_quality(random_tokens(3, 81), quality_arguments(), replace(BENCH, budget=1.0), random_model())["rows"]
     for name, row in rows.items():
-        assert abs(row["kl"]) < 1e-5 and abs(row["gap"]) < 1e-5 and max(row["attention_error"]) < 1e-5, name
+        assert abs(row["kl"]) < 1e-5 and abs(row["gap"]) < 1e-5, name
     assert rows["full"]["kv_share"] == rows["TOVA"]["kv_share"] == 1 < rows["Quest"]["kv_share"] < rows["ReSA"]["kv_share"]
-
-
-def test_the_outputs_compared_are_the_steps_own(monkeypatch):
-    """Those of the newest row, through the output projection: not an older row's, nor those of ReSA's pass after the step."""
-    monkeypatch.setattr(bench, "REFRESH", 4)
-    model, tokens = random_model(), random_tokens(2, 60)
-    steps = {
-        name: [outputs for _, outputs in bench.forced(bench.new_decoder(name, retro, model, 2, 60), tokens, 55)]
-        for name, retro in (("ReSA", BENCH), ("Quest", BENCH), ("Retro W=4", replace(BENCH, budget=1.0, window=4)))
-    }
-    assert all(torch.equal(a, b) for a, b in zip(steps["ReSA"], steps["Quest"], strict=True)) and len(steps["Quest"]) == 4
-    dense = []
-    for layer in model.layers:
-        layer.attention.register_forward_hook(lambda module, args, x: dense.append(x))
-    model(tokens)
-    for i, outputs in enumerate(steps["Retro W=4"]):
-        close(outputs, torch.stack([x[:, 55 + i] for x in dense]), 1e-5)
 
 
 def test_overlap_of_page_sets():
@@ -1591,22 +1567,11 @@ def test_overlap_of_page_sets():
     for i in range(2, 6):
         top = beyond = 0
         for now, past in zip(ranks[i].flatten(0, 1), ranks[i - 2].flatten(0, 1), strict=True):
-            taken = set(np.flatnonzero(now < selected[i]))
-            order = past.argsort().tolist()
-            top += len(taken & set(order[: selected[i - 2]]))
-            beyond += len(taken & set(order[selected[i - 2] : 2 * selected[i - 2]]))
+            taken, order, k = set(np.flatnonzero(now < selected[i])), past.argsort().tolist(), selected[i - 2]
+            top += len(taken & set(order[:k]))
+            beyond += len(taken & set(order[k : 2 * k]))
         shares.append([top / 6 / selected[i], beyond / 6 / selected[i]])
     close(bench.overlap(ranks, selected, 2), np.mean(shares, 0), 1e-6)
-
-
-def test_answers_are_matched_by_their_number():
-    """In any order; what follows 'The answer is' before any other number; the first answer to a question counts."""
-    text = (
-        "Answer_2: 3 and 4 make 7. The answer is $1,007.50. It took 3 steps.\n\nAnswer_1: it is 12, so 13\n"
-        "Answer_4: nothing\nAnswer_2: The answer is 8.\nAnswer_12: the answer is -5\nAnswer_4: The answer is 0."
-    )
-    assert bench.read_answers(text) == {2: 1007.5, 1: 13, 12: -5, 4: 0}
-    assert bench.read_answers("The answer is 3.") == {}
 
 
 class Scripted(Llama):
@@ -1629,24 +1594,6 @@ def scripted(tok, script):
     return model
 
 
-@pytest.fixture
-def exam(monkeypatch, tmp_path):
-    """20 questions in GSM8K's form and a scripted model: `run(answers)` -> exit code, last line of stdout, the records."""
-    tok = Tokenizer.from_checkpoint(TINY)
-    model = scripted(tok, [])
-    lines = [{"question": f"What is {i} + 1000?", "answer": f"<<{i}+1000>>\n#### {1000 + i:,}"} for i in range(20)]
-    (tmp_path / "questions").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(bench, "setup", lambda args: (RetroConfig(window=1), model, tok))
-
-    def run(text, *args):
-        model.script = [*tok.encode(text), tok.stop_tokens[0]] if text else []
-        paths = ["--questions", str(tmp_path / "questions"), "--out", str(tmp_path / "out")]
-        code = bench.main(["longgen", *paths, "--n", "4", "--prompts", "2", "--examples", "3", "--windows", "2", *args])
-        return code, [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-
-    return run
-
-
 @pytest.mark.parametrize("decoded", [0, 7])
 def test_lines_are_right_at_their_place(decoded):
     """A line counts where it belongs, whole: one too early, a wrong number or one that is cut off is wrong; also after a
@@ -1663,118 +1610,110 @@ def test_lines_are_right_at_their_place(decoded):
     close(right, [[1, 0, math.nan, math.nan, math.nan], [1] * 5], 0)
 
 
-@pytest.mark.parametrize("task", bench.TASKS)
+@pytest.mark.parametrize("task", ["ledger", "chain"])
 def test_task_questions_fill_the_prompt_up(task):
     """All of one length, begin_of_text first, the question last; the same seed asks the same."""
-    tok, model = Tokenizer.from_checkpoint(TINY), random_model()
+    tok, model = Tokenizer.from_checkpoint(TINY), random_model(max_seq_len=400)
     args = SimpleNamespace(seed=3, questions=4, entries=5, prefix=300)
-    model.config.max_seq_len = 400
     idx, answers, steps = bench.task_questions(task, args, model, tok)
     question, answer = bench.TASKS[task](random.Random(3), 5)
-    assert (
-        idx.shape == (4, 300)
-        and steps == max(len(tok.encode(answer)) for answer in answers)
-        and (idx[:, 0] == tok.bos).all()
-        and len(set(answers)) == 4
-    )
+    assert idx.shape == (4, 300) and (idx[:, 0] == tok.bos).all() and len(set(answers)) == 4
+    assert steps == max(len(tok.encode(answer)) for answer in answers)
     assert tok.decode(idx[0].tolist()).endswith(question) and answers[0] == answer
     assert torch.equal(idx, bench.task_questions(task, args, model, tok)[0])
-    with pytest.raises(ValueError, match=f"for 90 entries of {task}, not 300"):
-        bench.task_questions(task, SimpleNamespace(**{**vars(args), "entries": 90}), model, tok)
+    args.entries = 90
+    refused(lambda: bench.task_questions(task, args, model, tok), f"for 90 entries of {task}, not 300")
 
 
-def test_longgen_counts_what_is_right(exam, capsys):
+def test_answers_are_matched_by_their_number():
+    """In any order; what follows 'The answer is' before any other number; the first answer to a question counts."""
+    text = (
+        "Answer_2: 3 and 4 make 7. The answer is $1,007.50. It took 3 steps.\n\nAnswer_1: it is 12, so 13\n"
+        "Answer_4: nothing\nAnswer_2: The answer is 8.\nAnswer_12: the answer is -5\nAnswer_4: The answer is 0."
+    )
+    assert bench.read_answers(text) == {2: 1007.5, 1: 13, 12: -5, 4: 0}
+    assert bench.read_answers("The answer is 3.") == {}
+
+
+def test_longgen_counts_what_is_right(capsys, monkeypatch, tmp_path):
     """Of questions 3 .. 6 the script has two right, skips one and repeats one, first wrong; of 7 .. 10 none is right."""
-    script = (
+    said = (
         "Answer_4: The answer is 1006. Answer_1: The answer is 1,003. Answer_2: The answer is 1. Answer_2: The answer is 1004."
     )
-    code, records = exam(script)
-    assert code == 0 and len(records) == 6
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["rows"]
-    assert [row["method"] for row in results] == ["full", "Quest", "Retro W=2"]
-    assert all(row["right"] == 2 / 8 and row["answered"] == 6 / 8 for row in results)
+    tok = Tokenizer.from_checkpoint(TINY)
+    model = scripted(tok, [*tok.encode(said), tok.stop_tokens[0]])
+    monkeypatch.setattr(bench, "setup", lambda args: (RetroConfig(window=1), model, tok))
+    lines = [{"question": f"What is {i} + 1000?", "answer": f"<<{i}+1000>>\n#### {1000 + i:,}"} for i in range(20)]
+    (tmp_path / "questions").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = f"longgen --questions {tmp_path}/questions --out {tmp_path}/out --n 4 --prompts 2 --examples 3 --windows 2".split()
+    assert bench.main(args) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["rows"]
+    assert [row["method"] for row in rows] == ["full", "Quest", "Retro W=2"]
+    assert all(row["right"] == 2 / 8 and row["answered"] == 6 / 8 for row in rows)
+    records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert len(records) == 6 and all(record["text"] == said for record in records)
     assert all(record["right"] == [record["run"]["prompt"] == 0 and i in (0, 3) for i in range(4)] for record in records)
-    assert all(record["text"] == script for record in records)
-
-
-def test_longgen_goes_on_where_it_was_interrupted(exam, capsys, tmp_path):
-    """What is finished is not run again, a half-written line is; other settings are other runs; a foreign file stays whole."""
-    exam("Answer_1: The answer is 1003.")
-    whole = (tmp_path / "out").read_text()
-    (tmp_path / "out").write_text(whole[:-40])
-    code, records = exam("Answer_1: The answer is 5.")
-    assert code == 0 and len(records) == 6 and records[:5] == [json.loads(line) for line in whole.splitlines()[:5]]
-    assert "The answer is 5" in records[5]["text"]
-    assert exam("")[0] == 0, "a finished run asked the model again"
-    assert len(exam("x", "--answer_tokens", "9")[1]) == 12
-    for diary in ("my diary\nno end", "no line's end"):
-        (tmp_path / "out").write_text(diary)
-        capsys.readouterr()
-        with pytest.raises(json.JSONDecodeError):
-            exam("x")
-        assert (tmp_path / "out").read_text() == diary and "is not a file of this command" in capsys.readouterr().err
 
 
 def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
     """quality and exposure on the shipped checkpoint, and what picture makes of their saved output."""
-    text = tmp_path / "book"
-    text.write_text("It was a dark night, and the wind blew. " * 60)
-    sizes = ["--text", str(text), "--passages", "2", "--prefix", "150", "--length", "10", "--windows", "2"]
-    assert bench.main(["quality", *sizes, "--questions", "2", "--entries", "4"]) == 0
-    output = capsys.readouterr().out
-    (tmp_path / "quality").write_text(output)
-    record = json.loads(output.splitlines()[-1])
+    (tmp_path / "book").write_text("It was a dark night, and the wind blew. " * 60)
+    saved = {name: str(tmp_path / name) for name in ("quality", "exposure", "x.png")}
+
+    def run(args):
+        assert bench.main([*args.split(), "--text", str(tmp_path / "book")]) == 0
+        output = capsys.readouterr().out
+        assert not re.search(r" -\s", output), "a dash: a column without its value"
+        Path(saved[args.split()[0]]).write_text(output)
+        return output, json.loads(output.splitlines()[-1])
+
+    sizes = "--passages 2 --prefix 150 --length 10 --windows 2"
+    output, record = run(f"quality {sizes} --questions 2 --entries 2 --neighbours ReSA TOVA")
     assert record["arguments"]["prefix"] == 150 and record["versions"]["torch"] and record["device"]
     assert set(record["results"]["tasks"]) == set(bench.TASKS) and "Retro W=2" in output and "ReSA" in output
-    assert not re.search(r" -\s", output), "a dash: a column without its value"
-    assert bench.main(["exposure", *sizes, "--distance", "3"]) == 0
-    output = capsys.readouterr().out
-    (tmp_path / "exposure").write_text(output)
-    results = json.loads(output.splitlines()[-1])["results"]
-    assert not re.search(r" -\s", output)
+    results = run(f"exposure {sizes} --distance 3")[1]["results"]
     assert results["effective_exposure"]["1"] == 1 < results["effective_exposure"]["2"] < 2
     assert all(0 < a + b <= 1 for a, b in results["overlap"].values()) and len(results["overlap"]) == 3
-    files = ["--quality", str(tmp_path / "quality"), "--exposure", str(tmp_path / "exposure")]
-    assert bench.main(["picture", "--quality", files[3], "--exposure", files[1]]) == 2
-    assert "is not the JSON of bench.py quality" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert bench.main(["picture", *files, "--out", str(tmp_path / "x.png")]) == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
-    monkeypatch.undo()
+    picture = ["picture", "--out", saved["x.png"], "--quality", saved["quality"], "--exposure"]
+    refused_in_a_line(run_main(bench.main, [*picture, saved["quality"]], capsys), "is not the JSON of bench.py exposure")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        refused_in_a_line(run_main(bench.main, [*picture, saved["exposure"]], capsys), "pip install matplotlib")
     if importlib.util.find_spec("matplotlib"):
-        assert bench.main(["picture", *files, "--out", str(tmp_path / "x.png")]) == 0
-        assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+        assert bench.main([*picture, saved["exposure"]]) == 0
+        assert Path(saved["x.png"]).read_bytes()[1:4] == b"PNG"
 
 
-def test_the_picture_joins_runs_that_differ_in_decoded_alone(capsys, tmp_path):
+def test_the_picture_joins_runs_that_differ_in_decoded_alone(capsys, monkeypatch, tmp_path):
     """A point for each run, in the order of `decoded` and not of the files; other runs than these are no line."""
-
-    def save(name, command, decoded, prefix, results):
-        arguments = {"decoded": decoded, "prefix": prefix}
-        (tmp_path / name).write_text(json.dumps({"command": command, "arguments": arguments, "results": results}))
-        return str(tmp_path / name)
-
-    late, early, other = (
-        save(name, "quality", decoded, prefix, {"text": {"rows": {"full": {"kl": 0}, "Quest": {"kl": kl}}}})
-        for name, decoded, prefix, kl in (("late", 99, 150, 0.3), ("early", 0, 150, 0.2), ("other", 50, 149, 0.1))
-    )
-    exposure = save("exposure", "exposure", 0, 150, {"effective_exposure": {"1": 1, "2": 1.2}})
-    options = ["--exposure", exposure, "--out", str(tmp_path / "x.png")]
-    for wrong in ([late, other], [late, early, late]):
-        assert bench.main(["picture", "--quality", *wrong, *options]) == 2
-        assert "must differ in their --decoded, and in no other argument" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    for name, decoded, prefix, kl in (
+        ("late", 99, 150, 0.3),
+        ("early", 0, 150, 0.2),
+        ("other", 50, 149, 0.1),
+        ("met", 0, 0, 0),
+    ):
+        results = {"text": {"rows": {"Quest": {"kl": kl}}}, "effective_exposure": {"1": 1, "2": 1.2}}
+        record = {"command": "exposure" if name == "met" else "quality", "arguments": dict(decoded=decoded, prefix=prefix)}
+        Path(name).write_text(json.dumps({**record, "results": results}))
+    join = lambda files: run_main(bench.main, f"picture --exposure met --out x.png --quality {files}".split(), capsys)  # noqa: E731
+    for wrong in ("late other", "late early late"):
+        refused_in_a_line(join(wrong), "must differ in their --decoded, and in no other argument")
     if importlib.util.find_spec("matplotlib"):
-        assert bench.main(["picture", "--quality", late, early, *options]) == 0
+        assert join("late early")[0] == 0
         line = sys.modules["matplotlib.pyplot"].gcf().axes[0].lines[0]
-        assert list(line.get_xdata()) == [0, 99] and list(line.get_ydata()) == [0.2, 0.3]
+        assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 99], [0.2, 0.3])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The benchmark: speed
 
 
 @pytest.fixture
 def measure(capsys, monkeypatch):
     """Runs a speed command as on a machine without a GPU: its first line, and the JSON of its last."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
 
     def run(args):
         assert bench.main(args.split()) == 0
@@ -1788,19 +1727,20 @@ def measure(capsys, monkeypatch):
 
 
 def test_kernels_sets_the_time_beside_the_bytes(measure, monkeypatch):
-    """Bytes by hand for 320 tokens in 20 pages, 16 of them (min_tokens) or, for Quest's headline setting, 16 selected."""
+    """Bytes by hand for 320 tokens in 20 pages, 16 of them (min_tokens) or, for Quest's headline setting, 18 selected."""
     monkeypatch.setattr(bench, "HEADLINE", (320, 288))
     results = measure("kernels --settings 320x2 --windows 1 8")
     rows, rate = results["rows"], max(results["memory_rate"].values())
     assert [(row["window"], row["budget"]) for row in rows] == [(1, 0.15), (8, 0.15), (1, 0.9)]
     for row in rows:
         pages, vector = 18 if row["budget"] == 0.9 else 16, 2 * 2 * 64 * 4  # batch, KV heads, head size, float32
-        assert row["bytes"]["score"] == 2 * 20 * vector and row["bytes"]["attend"] == 2 * pages * 16 * vector
-        assert row["bytes"]["four"] == 2 * (20 + pages * 16) * vector and row["bytes"]["dense"] == 2 * 320 * vector
-        assert {*bench.KERNELS, "four", "ours"} <= set(row["us"]) and all(x > 0 for x in row["us"].values())
-        assert row["share"]["four"] == pytest.approx(row["bytes"]["four"] / rate * 1e6 / row["us"]["four"])
-        assert row["share"]["ours"] == pytest.approx(row["bytes"]["dense"] / rate * 1e6 / row["us"]["ours"])
-        assert row["ours/four"] == pytest.approx(row["us"]["ours"] / row["us"]["four"])
+        nbytes, us = row["bytes"], row["us"]
+        assert nbytes["score"] == 2 * 20 * vector and nbytes["attend"] == 2 * pages * 16 * vector
+        assert nbytes["four"] == 2 * (20 + pages * 16) * vector and nbytes["dense"] == 2 * 320 * vector
+        assert {*bench.KERNELS, "four", "ours"} <= set(us) and all(x > 0 for x in us.values())
+        assert row["share"]["four"] == pytest.approx(nbytes["four"] / rate * 1e6 / us["four"])
+        assert row["share"]["ours"] == pytest.approx(nbytes["dense"] / rate * 1e6 / us["ours"])
+        assert row["ours/four"] == pytest.approx(us["ours"] / us["four"])
 
 
 def test_decode_sets_whole_steps_beside_the_bytes(measure):
@@ -1810,8 +1750,7 @@ def test_decode_sets_whole_steps_beside_the_bytes(measure):
     results = measure("decode --settings 400x2 --windows 2 --rounds 1 --dense_layers 3")
     rows, rate = results["rows"], max(results["memory_rate"].values())
     assert [row["method"] for row in rows] == ["full", "Quest", "Retro W=2"]
-    read = 4 * sum(w.numel() for w in weights.values())
-    vector = 2 * 2 * 64 * 4
+    read, vector = 4 * sum(w.numel() for w in weights.values()), 2 * 2 * 64 * 4
     # The last 30 steps, to position 399: 371 to 400 tokens, in 24 pages 14 times, in 25 pages 16 times; W=2 lies in two once.
     tokens, held = sum(range(371, 401)), 14 * 24 + 16 * 25
     assert rows[0]["bytes"] == read + 10 * 2 * tokens * vector / 30
@@ -1821,21 +1760,15 @@ def test_decode_sets_whole_steps_beside_the_bytes(measure):
         assert row["share"] == pytest.approx(row["bytes"] / rate / row["ms"] * 1e3)
         assert row["tokens/s"] == pytest.approx(2e3 / row["ms"])
         assert row["kv MB"] == 10 * 2 * 400 * vector / 1e6
+    assert [row["bounds MB"] for row in rows] == [0, *[7 * 2 * 25 * vector / 1e6] * 2]
+    assert [row["outputs MB"] for row in rows] == [0, *(7 * 2 * W * 6 * 65 * 4 / 1e6 for W in (1, 2))]
     untied = bench.random_model(replace(config, tie_embeddings=False, max_seq_len=400), "cpu", torch.float32)
     # Of the embedding table itself a step takes single rows.
     assert bench.step_bytes(untied, None, 2, 385) == read + 10 * 2 * 385 * vector
-    bounds = [row["bounds MB"] for row in rows]
-    assert bounds == [0, 7 * 2 * 25 * vector / 1e6, 7 * 2 * 25 * vector / 1e6]
-    assert [row["outputs MB"] for row in rows] == [0, *(7 * 2 * W * 6 * 65 * 4 / 1e6 for W in (1, 2))]
 
 
-def test_a_long_run_is_measured_by_quarters(measure, monkeypatch):
-    """All logits finite; what the bytes explain grows with the text."""
-    monkeypatch.setitem(bench.SHAPES, "tiny", LlamaConfig(32, 1, 2, 1, 64, 64, 4096))
-    rows = measure("decode --long 120")["rows"]
-    assert list(rows) == ["4-30", "31-60", "61-90", "91-120"]
-    assert all(row["finite"] and row["ms"] > row["ms by bytes"] > 0 for row in rows.values())
-    assert rows["4-30"]["ms by bytes"] < rows["91-120"]["ms by bytes"]
+# ----------------------------------------------------------------------------------------------------------------------
+# The benchmark's command line
 
 
 def test_quick_changes_what_is_not_given():
@@ -1845,160 +1778,105 @@ def test_quick_changes_what_is_not_given():
     assert usual.length > quick.length == both.length and bench.parse_args(["quality"]).passages == 24
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ("quality --text nowhere", "nowhere: No such file"),
-        (f"quality --text {TINY}/consolidated.00.pth", "not UTF-8 at byte"),
-        ("quality --text LICENSE", r"LICENSE has \d+ tokens: 24 passages of 2432 need 58368"),
-        ("quality --prefix 50 --decoded 50", "decoded must be between 0 and 49, not 50: less than prefix"),
-        ("quality --prefix 4000 --tasks", "prefix \\+ length must be at most 4095, not 4384"),
-        ("quality --budget 0", r"budget must be in \(0, 1\], not 0"),
-        ("quality --windows 2 0", "windows: must be >= 1, not 0"),
-        ("quality --passages 1", "passages: must be >= 2, not 1"),
-        ("quality --length 0", "length: must be >= 1, not 0"),
-        ("quality --questions 1", "questions: must be >= 2, not 1"),
-        ("quality --entries 9999", "entries must be at most [0-9]+, not 9999"),
-        ("quality --dense_layers 99", "dense_layers must be between 0"),
-        ("quality --checkpoint nowhere", "checkpoint nowhere: no such folder"),
-        ("quality --device abacus", "device 'abacus': unknown"),
-        ("exposure --distance 256", "distance must be between 1 and length - 1 = 255, not 256"),
-        ("longgen --questions nowhere --out x", "nowhere: No such file"),
-        ("longgen --questions LICENSE --out x", "LICENSE: line 1 is not a question"),
-        ("longgen --questions LICENSE --out README.md", "README.md: exists, and is not"),
-        ("longgen --questions LICENSE --out x --n 3 0", "n: must be >= 1, not 0"),
-        ("quality --prefix 300", "prefix must be at least .* for 32 entries of ledger, not 300"),
-        ("quality --prefix 4000 --length 1", "prefix must be at most 3.* in ledger, not 4000"),
-        ("picture --quality LICENSE --exposure LICENSE", "LICENSE: its last line is not the JSON of bench.py quality"),
-        ("kernels --shape 70b", "invalid choice: '70b'"),
-        ("kernels --settings 64x1", "settings: must have a context >= 256 and a batch >= 1, not 64x1"),
-        ("kernels --settings 1024", "invalid setting value: '1024'"),
-        ("kernels --windows 0", "windows: must be >= 1, not 0"),
-        ("decode --settings 1024x0", "a batch >= 1, not 1024x0"),
-        ("decode --rounds 0", "rounds: must be >= 1, not 0"),
-        ("decode --dense_layers 11 --shape tiny", "dense_layers must be between 0 and 10, not 11"),
-        ("decode --long 5", "long: must be >= 100, not 5"),
-        ("nonsense", "invalid choice: 'nonsense'"),
-        ("quality --budget much", "--budget: invalid float"),
-    ],
-)
+@pytest.mark.parametrize("args, message", [  # a row for each way that a value takes
+    ("nonsense", "invalid choice: 'nonsense'"), ("quality --budget much", "--budget: invalid float"),
+    ("kernels --settings 1024", "invalid setting value: '1024'"),
+    ("kernels --settings 64x1", "settings: must have a context >= 256 and a batch >= 1, not 64x1"),
+    ("decode --settings 1024x0", "a batch >= 1, not 1024x0"), ("quality --windows 2 0", "windows: must be >= 1, not 0"),
+    ("quality --passages 1", "passages: must be >= 2, not 1"), ("quality --questions 1", "questions: must be >= 2, not 1"),
+    ("quality --budget 0", r"in \(0, 1\], not 0"), ("quality --dense_layers 99", "dense_layers must be between 0"),
+    ("decode --dense_layers 11 --shape tiny", "dense_layers must be between 0 and 10, not 11"),
+    ("quality --checkpoint nowhere", "checkpoint nowhere: no such folder"), ("quality --device abacus", "'abacus': unknown"),
+    ("quality --text nowhere", "nowhere: No such file"), ("quality --text tiny/consolidated.00.pth", "not UTF-8 at byte"),
+    ("quality --text LICENSE", r"LICENSE has \d+ tokens: 24 passages of 2432 need 58368"),
+    ("quality --prefix 4000 --tasks", "prefix \\+ length must be at most 4095, not 4384"),
+    ("quality --prefix 50 --decoded 50", "decoded must be between 0 and 49, not 50: less than prefix"),
+    ("quality --entries 9999", "entries must be at most [0-9]+, not 9999"),
+    ("quality --prefix 300", "prefix must be at least .* for 32 entries of ledger, not 300"),
+    ("quality --prefix 4000 --length 1", "prefix must be at most 3.* in ledger, not 4000"),
+    ("exposure --distance 256", "distance must be between 1 and length - 1 = 255, not 256"),
+    ("longgen --questions nowhere --out x", "nowhere: No such file"),
+    ("longgen --questions LICENSE --out x", "LICENSE: line 1 is not a question"),
+    ("longgen --questions LICENSE --out README.md", "README.md: exists"),
+    ("picture --quality LICENSE --exposure LICENSE", "LICENSE: its last line is not the JSON of bench.py quality"),
+])  # fmt: skip
 def test_a_mistake_in_a_measurement_is_one_clear_line(capsys, monkeypatch, args, message):
-    """Exit code 2, nothing on stdout, on stderr nothing else."""
+    """Before anything is measured or sampled."""
     monkeypatch.chdir(TINY.parent)
-    try:
-        code = bench.main(args.split())
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    out, error = capsys.readouterr()
-    assert code == 2 and not out and error.count("\n") == 1 and re.search(message, error)
+    refused_in_a_line(run_main(bench.main, args.split(), capsys), message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The command line
+# The command line of sample.py
 
 
-SHORT = [
-    "--prompt",
-    "It was a dark night",
-    "--max_new_tokens",
-    "40",
-    "--min_tokens",
-    "16",
-    "--page_size",
-    "8",
-    "--dense_layers",
-    "0",
-]
-
-
-def command(capsys, *args):
-    """Runs sample.py's main: exit code, stdout, stderr. Options repeated in args win over SHORT's."""
-    try:
-        code = sample.main([*SHORT, "--device", "cpu", *args])
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    return code, *capsys.readouterr()
+def command(capsys, options="", *more):
+    """A short text: exit code, stdout, stderr. Options given here win."""
+    short = "--max_new_tokens 16 --min_tokens 16 --page_size 8 --dense_layers 0 --device cpu".split()
+    return run_main(sample.main, ["--prompt", "It was a dark night", *short, *options.split(), *more], capsys)
 
 
 def test_the_command_continues_the_prompt_and_reports_what_it_read(capsys):
     """Same seed, same text; another seed, another; the report's counts are those of the positions decoded."""
     code, text, report = command(capsys)
-    assert code == 0 and text.startswith("It was a dark night") and len(text) > 60
-    assert command(capsys)[1] == text != command(capsys, "--seed", "1")[1]
+    assert code == 0 and text.startswith("It was a dark night") and len(text) > 30
+    assert command(capsys)[1] == text != command(capsys, "--seed 1")[1]
     n = len(Tokenizer.from_checkpoint(TINY).encode("It was a dark night", bos=True))
-    assert "40 tokens, " in report and f"prompt of {n} tokens" in report and f"context {n + 40} of 4096" in report
-    counts = [pages_to_load(RetroConfig(page_size=8, min_tokens=16), t)[:2] for t in range(n, n + 39)]
+    assert "16 tokens, " in report and f"prompt of {n} tokens" in report and f"context {n + 16} of 4096" in report
+    counts = [pages_to_load(RetroConfig(page_size=8, min_tokens=16), t)[:2] for t in range(n, n + 15)]
     read, held = np.mean(counts, axis=0)
     assert read < held and f"{read:.1f} of {held:.1f} pages read" in report
-    assert "full attention" in command(capsys, "--attention", "full")[2]
-    quest = command(capsys, "--attention", "quest", "--temperature", "0")
+    assert "full attention" in command(capsys, "--attention full")[2]
+    quest = command(capsys, "--attention quest --temperature 0")
     assert "Quest, window 1" in quest[2] and "exposure 1.00x" in quest[2]
-    assert command(capsys, "--window", "1", "--temperature", "0")[1] == quest[1]
-
-
-def test_several_samples_differ_and_are_equal_when_greedy(capsys):
-    """A batch is as many texts: three different ones when sampling, three equal ones at temperature 0."""
-    for temperature, different in (("0.9", 3), ("0", 1)):
-        _, out, report = command(capsys, "--num_samples", "3", "--temperature", temperature)
+    assert command(capsys, "--window 1 --temperature 0")[1] == quest[1]
+    for temperature, different in ((0.9, 3), (0, 1)):  # three samples: all different, or, greedy, all the same
+        _, out, report = command(capsys, f"--num_samples 3 --temperature {temperature}")
         texts = [text.strip() for text in out.split("---------------\n")]
-        assert len(texts) == 3 and len(set(texts)) == different and "120 tokens" in report
+        assert len(texts) == 3 and len(set(texts)) == different and "48 tokens" in report
 
 
 def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
     """FILE:path and - give what --prompt gives; an empty prompt starts from begin_of_text alone."""
     wanted = command(capsys)[1]
     (tmp_path / "prompt").write_text("It was a dark night")
-    assert command(capsys, "--prompt", f"FILE:{tmp_path}/prompt")[1] == wanted
+    assert command(capsys, "", "--prompt", f"FILE:{tmp_path}/prompt")[1] == wanted
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"It was a dark night")))
-    assert command(capsys, "--prompt", "-")[1] == wanted
+    assert command(capsys, "--prompt -")[1] == wanted
     assert not command(capsys, "--chat")[1].startswith("It was")
-    code, text, report = command(capsys, "--prompt", "")
+    code, text, report = command(capsys, "", "--prompt", "")
     assert code == 0 and text and "prompt of 1 tokens" in report
-
-
-def test_what_does_not_fit_is_said_before_loading(capsys, monkeypatch):
-    """The line on memory counts what is allocated; a context that cannot fit is refused with the largest that would."""
-    monkeypatch.setattr(Llama, "from_checkpoint", lambda *a, **k: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 20_150, "SC_PAGE_SIZE": 4096}[name])
-    code, out, error = command(capsys, "--max_new_tokens", "4000", "--num_samples", "9")
-    config = sample.read_checkpoint(TINY)[0]
-    assert code == 2 and not out and "more than the 82.5 MB of cpu" in error
-    fits = int(re.search(r"at most (\d+) tokens", error)[1])
-    args = RetroConfig(page_size=8, dense_layers=0), 9
-    sample.check_memory(config, *args, fits, torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match="more than"):
-        sample.check_memory(config, *args, fits + 1, torch.device("cpu"), torch.float32)  # a page more
-    assert fits % 8 == 0
-    assert "more than" in command(capsys, "--page_size", "262144")[2]  # a page takes its room, however little is in it
-
-
-@pytest.mark.parametrize(
-    "said, code",
-    [
-        ("CUDA out of memory.", 2),
-        ("can't allocate memory: you tried", 2),
-        ("not enough memory: you tried", 2),
-        ("illegal memory", None),
-    ],
-)
-def test_only_what_is_out_of_memory_is_called_so(capsys, monkeypatch, said, code):
-    """Guards against a broken kernel, an "illegal memory access", taken for a text that is too long."""
-
-    def step(*args):
-        raise RuntimeError(said)
-
-    monkeypatch.setattr(Decoder, "step", step)
-    if code is None:
-        with pytest.raises(RuntimeError, match=said):
-            command(capsys)
-    else:
-        assert command(capsys)[0] == code
-
-
-def test_an_empty_prompt_needs_a_token_to_start_from(capsys, monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode", lambda *args, **options: [])  # as Qwen's, which has no begin-of-text
-    code, out, error = command(capsys, "--prompt", "")
-    assert code == 2 and not out and "prompt must not be empty" in error
+    refused_in_a_line(command(capsys, "", "--prompt", ""), "prompt must not be empty")
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Weights must not be read."""
+    monkeypatch.setattr(Llama, "from_checkpoint", lambda *args, **options: pytest.fail("weights were loaded"))
+
+
+def test_what_does_not_fit_is_said_before_loading(capsys, monkeypatch, unloaded):
+    """The line on memory counts what is allocated; a context that cannot fit is refused with the largest that would."""
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 20_150, "SC_PAGE_SIZE": 4096}[name])
+    result = command(capsys, "--max_new_tokens 4000 --num_samples 9")
+    refused_in_a_line(result, "more than the 82.5 MB of cpu")
+    fits = int(re.search(r"at most (\d+) tokens", result[2])[1])
+    shape = sample.read_checkpoint(TINY)[0], RetroConfig(page_size=8, dense_layers=0), 9
+    check = lambda length: sample.check_memory(*shape, length, torch.device("cpu"), torch.float32)  # noqa: E731
+    check(fits)
+    refused(lambda: check(fits + 1), "more than")  # a page more
+    assert fits % 8 == 0
+    refused_in_a_line(command(capsys, "--page_size 262144"), "more than")  # a page takes its room, however little is in it
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory.", "can't allocate memory: x", "not enough memory: x"])
+def test_only_what_is_out_of_memory_is_called_so(capsys, monkeypatch, said):
+    """Guards against a broken kernel, an "illegal memory access", taken for a text that is too long."""
+    monkeypatch.setattr(Decoder, "step", Mock(side_effect=[RuntimeError(said), RuntimeError("illegal memory access")]))
+    assert command(capsys)[0] == 2
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        command(capsys)
 
 
 def test_the_end_of_the_context(capsys, monkeypatch):
@@ -2006,70 +1884,69 @@ def test_the_end_of_the_context(capsys, monkeypatch):
     config, weights = sample.read_checkpoint(TINY)
     monkeypatch.setattr(sample, "read_checkpoint", lambda folder: (replace(config, max_seq_len=64), weights))
     monkeypatch.setattr(Llama, "from_checkpoint", partial(Llama.from_checkpoint, max_seq_len=64))
-    code, _, report = command(capsys, "--max_new_tokens", "1000")
+    code, _, report = command(capsys, "--max_new_tokens 1000")
     assert code == 0 and "The context of 64 tokens is full." in report and "context 64 of 64" in report
-    code, out, error = command(capsys, "--prompt", "It was " * 40)
-    assert code == 2 and not out and "must be between 1 and 63" in error
+    refused_in_a_line(command(capsys, "", "--prompt", "It was " * 40), "must be between 1 and 63")
+    for option, value in (("temperature", -1), ("top_k", 0), ("top_p", 0), ("seed", -1), ("max_new_tokens", 0)):
+        refused_in_a_line(command(capsys, f"--{option} {value}"), f"{option} must be .* not {value}")  # each in its place
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--checkpoint", "nowhere"], "checkpoint nowhere: no such folder"),
-        (["--prompt", "FILE:nowhere"], "prompt file nowhere"),
-        (["--prompt", f"FILE:{TINY}/consolidated.00.pth"], "not UTF-8 at byte"),
-        (["--window", "0"], "window must be an integer >= 1"),
-        (["--window", "0", "--attention", "quest"], "window must be"),
-        (["--budget", "0", "--attention", "full"], r"in \(0, 1\], not 0"),
-        (["--budget", "1.5"], r"in \(0, 1\], not 1.5"),
-        (["--budget", "nan"], "not nan"),
-        (["--page_size", "12"], "power of two, not 12"),
-        (["--min_tokens", "0"], "min_tokens must be .* not 0"),
-        (["--dense_layers", "-1"], "dense_layers must be .* not -1"),
-        (["--dense_layers", "99"], "dense_layers must be between 0 and the model's .* not 99"),
-        (["--top_k", "0"], "top_k must be >= 1"),
-        (["--temperature", "-1"], "temperature must be 0 or a finite number >= 1e-6, not -1"),
-        (["--top_p", "0"], r"top_p must be in \(0, 1\], not 0"),
-        (["--device", "abacus"], "device 'abacus': unknown"),
-        (["--device", "cuda:77"], "device 'cuda:77': not on this machine"),
-        (["--num_samples", "0"], "num_samples must be >= 1"),
-        (["--max_new_tokens", "0"], "max_new_tokens must be >= 1"),
-        (["--seed", "-1"], "seed must be"),
-        (["--impl", "cuda"], "--impl: invalid choice"),
-        (["--window", "two"], "--window: invalid int"),
-    ],
-)
-def test_a_mistake_is_one_clear_line(capsys, args, message):
-    """Exit code 2, nothing on stdout, on stderr nothing else: it names the value and what is allowed."""
-    code, out, error = command(capsys, *args)
-    assert code == 2 and not out and error.count("\n") == 1 and re.search(message, error)
+@pytest.mark.parametrize("options, message", [  # a row for each way that a value takes
+    ("--window two", "--window: invalid int"), ("--impl cuda", "--impl: invalid choice"),
+    ("--num_samples 0", "num_samples must be >= 1"), ("--window 0 --attention quest", "window must be an integer >= 1, not 0"),
+    ("--budget 0 --attention full", r"budget must be in \(0, 1\], not 0"), ("--min_tokens 0", "min_tokens must be .* not 0"),
+    ("--page_size 12", "power of two, not 12"), ("--dense_layers -1", "dense_layers must be .* not -1"),
+    ("--dense_layers 99", "dense_layers must be between 0 and the model's .* not 99"),
+    ("--checkpoint nowhere", "checkpoint nowhere: no such folder"), ("--prompt FILE:nowhere", "prompt file nowhere"),
+    ("--prompt FILE:tiny/consolidated.00.pth", "not UTF-8 at byte"),
+    ("--device abacus", "device 'abacus': unknown"), ("--device cuda:77", "device 'cuda:77': not on this machine"),
+    ("--trace 1:99", "trace must be .* not '1:99'"), ("--trace --attention full", "all 10 layers are dense"),
+    ("--trace --dense_layers 10", "all 10 layers are dense"),
+])  # fmt: skip
+def test_a_mistake_is_one_clear_line(capsys, monkeypatch, unloaded, options, message):
+    """It names the value and what is allowed, before the weights are read."""
+    monkeypatch.chdir(TINY.parent)
+    refused_in_a_line(command(capsys, options), message)
+
+
+@pytest.mark.parametrize("value", ["two", "-1", "0", "10", "1:2", "1:", "1:-1", "1:0:0", "1.0"])
+def test_a_layer_that_cannot_be_traced_is_named(value):
+    """Guards against tracing a dense layer, or a layer or head that the model does not have."""
+    config = sample.read_checkpoint(TINY)[0]
+    message = f"between 1 and {config.n_layer - 1} and .* between 0 and {config.n_kv_head - 1}, not {value!r}$"
+    refused(lambda: sample.trace_target(value, config, SPARSE), message)
 
 
 def test_interrupt_keeps_the_text_and_reports(tmp_path):
     """Ctrl-C: what was printed stays, the report follows, exit code 130."""
-    args = ["--prompt", "It was", "--max_new_tokens", "4000", "--temperature", "1"]
+    args = [sys.executable, TINY.parent / "sample.py", *"--prompt It --max_new_tokens 4000 --temperature 1".split()]
+    # In a shell's background job the signal is ignored, and children inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     with open(tmp_path / "out", "wb") as out:
-        child = subprocess.Popen([sys.executable, TINY.parent / "sample.py", *args], stdout=out, stderr=subprocess.PIPE)
+        child = subprocess.Popen(args, stdout=out, stderr=subprocess.PIPE, preexec_fn=heed)
         while child.poll() is None and (tmp_path / "out").stat().st_size < 100:
             time.sleep(0.05)
         child.send_signal(signal.SIGINT)
         report = child.communicate(timeout=60)[1].decode()
     text = (tmp_path / "out").read_text()
     assert child.returncode == 130 and "tokens/s" in report and "Traceback" not in report
-    assert text.startswith("It was") and text.endswith("\n") and len(text) >= 100
+    assert text.startswith("It") and text.endswith("\n") and len(text) >= 100
 
 
-def test_a_long_text_in_one_go():
-    """3,500 tokens: no error at any page's end, every logit finite, and not a byte more in the output cache."""
-    model = Llama.from_checkpoint(TINY)
-    decoder = Decoder(model, 1, RetroConfig(budget=0.05, min_tokens=32, window=8, dense_layers=1))
-    size = lambda: sum(x.numel() for layer in decoder.layers[1:] for x in (layer.cache.out, layer.cache.lse))  # noqa: E731
-    before, generator = size(), torch.Generator().manual_seed(0)
-    logits = decoder.prefill(torch.tensor([[0]]))
-    for _ in range(3500):
+def test_a_long_text_to_the_end_of_the_context():
+    """No error at any page's end, every logit finite, and not a byte more in the output cache."""
+    model, generator = Llama.from_checkpoint(TINY), torch.Generator().manual_seed(0)
+    decoder = Decoder(model, 1, replace(SPARSE, window=8))
+    held = lambda: [x for layer in decoder.layers[1:] for x in (layer.cache.out, layer.cache.lse)]  # noqa: E731
+    before = [x.numel() for x in held()]
+    prompt = Tokenizer.from_checkpoint(TINY).encode("It was a dark night, and the wind blew. " * 500)[: 4096 - 96]
+    logits = decoder.prefill(torch.tensor([prompt]))
+    for _ in range(96):
         logits = decoder.step(sample_token(logits, 1.0, None, None, generator))
-    assert logits.isfinite().all() and size() == before and decoder.t == 3500
-    assert all(x.isfinite().all() for layer in decoder.layers[1:] for x in (layer.cache.out, layer.cache.lse))
+        assert logits.isfinite().all()
+    with pytest.raises(IndexError, match="position 4096 is past the end of the cache of 4096 tokens"):  # a GPU would just write
+        decoder.step(torch.tensor([1]))
+    assert decoder.t == 4095 and [x.numel() for x in held()] == before and all(x.isfinite().all() for x in held())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2079,9 +1956,8 @@ def test_a_long_text_in_one_go():
 def test_the_revisions_of_a_step_against_brute_force():
     """A row's new pages, their mass and how far the output moves: softmax over the keys of all pages loaded until the step
     before, and until this one. Guards against slots mixed up, rows read too late or not copied, and heads in another order."""
-    q, k, v = random_qkv()
-    retro, loads, steps, gained = RetroConfig(page_size=8, budget=0.2, min_tokens=8, window=4), {}, [], 0
-    for t, _, layer in run_layer(retro, q, k, v, prompt_len=20):
+    (q, k, v), loads, steps, gained = random_qkv(), {}, [], 0
+    for t, _, layer in run_layer(SPARSE, q, k, v, prompt_len=20):
         loads[t] = layer.cache.last_loaded == t  # (B, n_kv_head, P)
         layer.hook = steps.append
         if t == 20:  # the first step went unseen
@@ -2091,19 +1967,16 @@ def test_the_revisions_of_a_step_against_brute_force():
         for h, row in itertools.product(range(2), range(t - 3, t)):
             states = []
             for until in (t - 1, t):
-                pages = set(range(3)) if row < 20 else set()
-                for step in range(max(row, 20), until + 1):
-                    pages |= set(loads[step][0, h].nonzero().flatten().tolist())
-                pages = {j for j in pages if j * 8 <= row}
-                keys = [j for j in range(row + 1) if j // 8 in pages]
+                met = pages_met(loads, row, until, 20)[0, h]
+                keys = [j for j in range(row + 1) if met[j // 8]]
                 outs = [softmax_over(q[0, row, head], k[0, :, h], v[0, :, h], keys) for head in range(3 * h, 3 * h + 3)]
-                states.append((len(pages), np.stack([o for o, _ in outs]), np.exp([lse for _, lse in outs])))
+                states.append((met[: row // 8 + 1].sum(), np.stack([o for o, _ in outs]), np.exp([lse for _, lse in outs])))
             (n0, o0, sum0), (n1, o1, sum1) = states
             wanted = n1 - n0, (1 - sum0 / sum1).mean(), np.linalg.norm(o1 - o0) / np.linalg.norm(o0)
             close(revised[:3, h, row - t + 3], wanted, 1e-12)
             gained += n1 - n0
-        for head in np.ndindex(2, 2):
-            assert steps[-1].pages[head].tolist() == loads[t][head].nonzero().flatten().tolist()
+        for b, h in np.ndindex(2, 2):
+            assert steps[-1].pages[b, h].tolist() == loads[t][b, h].nonzero().flatten().tolist()
     assert gained > 50, "no row has learnt anything: the test is empty"
 
 
@@ -2118,14 +1991,14 @@ def test_a_hook_sees_what_is_overwritten_and_changes_nothing(prompt_len):
         layer.hook = steps[i].append
     for t in range(prompt_len, 40):
         rows = slice(max(0, t - 3), t)
-        kept = [[x.flatten(2, 3)[:, :, rows].clone() for x in (layer.cache.k, layer.cache.v)] for layer in decoder.layers]
+        past = lambda i: [x[:, :, rows] for x in by_position(decoder.layers[i].cache)]  # noqa: B023, E731
+        found = past(0), past(1), past(2)
         assert torch.equal(decoder.step(tokens[:, t]), wanted[:, t - prompt_len + 1])
         for i in (1, 2):
-            cache, step = decoder.layers[i].cache, steps[i][-1]
-            assert torch.equal(step.before.k, kept[i][0]) and torch.equal(step.before.v, kept[i][1])
-            assert torch.equal(step.after.k, cache.k.flatten(2, 3)[:, :, rows])
-            assert torch.equal(step.after.v, cache.v.flatten(2, 3)[:, :, rows])
-            for before, after, moved in zip(kept[i], (step.after.k, step.after.v), sample.revisions(step, 8)[3:], strict=True):
+            step = steps[i][-1]
+            recorded = (step.before.k, step.before.v, step.after.k, step.after.v)
+            assert all(torch.equal(a, b) for a, b in zip(recorded, [*found[i], *past(i)], strict=True))
+            for before, after, moved in zip(found[i], past(i), sample.revisions(step, 8)[3:], strict=True):
                 length = (before[0].numpy() ** 2).sum(-1)
                 close(moved, np.sqrt(((after - before)[0].numpy() ** 2).sum(-1) / length), 1e-12)
     assert not steps[0] and max(sample.revisions(step, 8)[3:].max() for step in steps[2]) > 0.01
@@ -2142,8 +2015,7 @@ def test_pictures_of_a_long_context_fit_the_screen(capsys):
     numbers are its own, those of K and V from the layer above."""
     t, R, generator, tok = 131_071, 7, torch.Generator().manual_seed(0), Tokenizer.from_checkpoint(TINY)
     longest = max(range(4000), key=lambda i: len(repr(tok.decode([i]))))
-    sparse, dense = SimpleNamespace(dense=False), SimpleNamespace(dense=True)
-    layers = [copy.copy(dense if i < 3 else sparse) for i in range(32)]
+    layers = [SimpleNamespace(dense=i < 3) for i in range(32)]
     decoder = SimpleNamespace(layers=layers, retro=RetroConfig(window=8), tokens=torch.full((1, t + 1), longest))
     trace = sample.Trace(decoder, tok, t, 9, layer=30, head=1)
     pages = torch.stack([torch.randperm(8192, generator=generator)[:50].sort().values for _ in "ab"])[None]  # (1, 2, 50)
@@ -2158,7 +2030,7 @@ def test_pictures_of_a_long_context_fit_the_screen(capsys):
     rows = [re.fullmatch(r"(t\S*) +'.{9} \|(.{44})\|(.*)", line) for line in lines if re.match(r"t(-\d)? +'", line)]
     assert [row[1] for row in rows] == ["t", *(f"t-{i}" for i in range(1, 8))]
     for back, row in enumerate(rows):
-        marks = ["."] * 44  # 187 pages a character
+        marks = ["."] * 44  # 187 pages per character
         new = [page for page, stamp in zip(pages[0, 1].tolist(), last_loaded[0, 1].tolist(), strict=True) if stamp < t - back]
         for page in pages[0, 1].tolist():
             mark = "#" if back == 0 else "+" if page in new else "-"
@@ -2171,67 +2043,59 @@ def test_pictures_of_a_long_context_fit_the_screen(capsys):
 @needs_triton
 def test_both_implementations_give_the_same_picture(capsys):
     """The kernels leave in the cache what the reference leaves, and their list of pages has room for more than are valid."""
-    model, tok, seen = Llama.from_checkpoint(TINY, device=DEVICE), Tokenizer.from_checkpoint(TINY), []
+    model, tok, seen = shipped_model(), Tokenizer.from_checkpoint(TINY), []
     idx = torch.tensor([tok.encode(retro_attention.__doc__, bos=True)[:150]], device=DEVICE)
+    config = RetroConfig(page_size=4, budget=0.2, min_tokens=32, window=3, dense_layers=model.config.n_layer - 2)
     for impl in ("triton", "torch"):
-        config = RetroConfig(page_size=4, budget=0.2, min_tokens=32, window=3, dense_layers=model.config.n_layer - 2, impl=impl)
-        decoder = Decoder(model, 1, config, max_seq_len=300)
+        decoder = Decoder(model, 1, replace(config, impl=impl), max_seq_len=300)
         trace = sample.Trace(decoder, tok, 150, 4, layer=config.dense_layers, head=0)
-        list(decoder.stream(idx, 4, temperature=0))
+        list(decoder.stream(idx, 3, temperature=0))
         seen.append(capsys.readouterr().err + "\n".join(trace.summary()))
-    assert seen[0] == seen[1] and seen[0].count("\nposition ") == 3 and "+" in seen[0]
+    assert seen[0] == seen[1] and seen[0].count("\nposition ") == 2 and "+" in seen[0]
 
 
 def test_trace_draws_and_leaves_the_text_alone(capsys):
-    """About ten pictures, an odd number of tokens apart, at the end a line a sparse layer; on stdout nothing but the text."""
+    """About ten pictures, an odd number of tokens apart, at the end a line for each sparse layer; on stdout only the text."""
     config, text = sample.read_checkpoint(TINY)[0], command(capsys)[1]
-    code, out, report = command(capsys, "--trace", "1:1", "--window", "3", "--dense_layers", "1")
+    code, out, report = command(capsys, "--trace 1:1 --window 3 --dense_layers 1")
     assert code == 0 and out != text  # another window, another text
-    assert out == command(capsys, "--window", "3", "--dense_layers", "1")[1]
+    assert out == command(capsys, "--window 3 --dense_layers 1")[1]
     n = len(Tokenizer.from_checkpoint(TINY).encode("It was a dark night", bos=True))
-    assert [int(t) for t in re.findall(r"\nposition (\d+), layer 1, KV head 1", report)] == list(range(n + 4, n + 39, 5))
-    assert report.count("\nt-2 ") == 7 and "L2 K" in report and "means over 7 tokens" in report
+    assert [int(t) for t in re.findall(r"\nposition (\d+), layer 1, KV head 1", report)] == list(range(n + 2, n + 15, 3))
+    assert report.count("\nt-2 ") == 5 and "L2 K" in report and "means over 5 tokens" in report
     assert re.findall(r"\n +(\d+) +\d+\.\d( +\d+\.\d\d)( +\d+\.\d\d%){4}(?=\n)", report)[-1][0] == str(config.n_layer - 1)
-    quest = command(capsys, "--trace", "--attention", "quest")[2]
-    assert "layer 0, KV head 0, every 5" in quest and "no past rows" in quest and "\nt-1" not in quest and "nan" not in quest
-    last = command(capsys, "--trace", str(config.n_layer - 1))[2]
+    quest = command(capsys, "--trace --attention quest")[2]
+    assert "layer 0, KV head 0, every 3" in quest and "no past rows" in quest and "\nt-1" not in quest and "nan" not in quest
+    last = command(capsys, f"--trace {config.n_layer - 1}")[2]
     assert "\nt-1 " in last and f"L{config.n_layer}" not in last
-    assert "nothing drawn" in command(capsys, "--trace", "--max_new_tokens", "1")[2]
-
-
-def test_trace_refuses_what_it_cannot_draw(capsys, monkeypatch):
-    """One line that names the value and the range, before the weights are read."""
-    monkeypatch.setattr(Llama, "from_checkpoint", lambda *a, **k: pytest.fail("weights were loaded"))
-    config = sample.read_checkpoint(TINY)[0]
-    layers, heads = config.n_layer, config.n_kv_head
-    for value in ("two", "-1", "0", str(layers), f"1:{heads}", "1:", "1:-1", "1:0:0", "1.0"):
-        code, out, error = command(capsys, "--dense_layers", "1", "--trace", value)
-        assert code == 2 and not out and error.count("\n") == 1 and repr(value) in error
-        assert f"between 1 and {layers - 1}" in error and f"between 0 and {heads - 1}" in error
-    for dense in (["--attention", "full"], ["--dense_layers", str(layers)]):
-        code, out, error = command(capsys, "--trace", *dense)
-        assert code == 2 and not out and error.count("\n") == 1 and f"all {layers} layers are dense" in error
+    assert "nothing drawn" in command(capsys, "--trace --max_new_tokens 1")[2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The README
+# The documentation
 
 
-def readme_commands():
-    """(file, command) of each indented line of a README or model card that runs one of our files; comments cut off."""
-    root = Path(__file__).parent
-    for page in (root / "README.md", root / "tiny" / "README.md"):
-        for line in page.read_text(encoding="utf-8").splitlines():
-            for words in [shlex.split(part, comments=True) for part in line.split("&&") if line.startswith("    ")]:
-                for i, word in enumerate(words):
-                    if word.endswith(".py") and "python" in words[:i]:
-                        yield pytest.param(
-                            word, list(itertools.takewhile(lambda w: w != ">", words[i + 1 :])), id=" ".join(words[i:])
-                        )
+def pages():
+    """Path and text of the pages that there are."""
+    paths = (Path(__file__).parent / name for name in ("README.md", "tiny/README.md", "docs/measured.md"))
+    return [(path, path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
-@pytest.mark.parametrize("script, args", list(readme_commands()))
-def test_commands_of_the_readme_parse(script, args, capsys):
+def documented_commands():
+    """(file, arguments) of each command on a page that runs one of our files, in a block marked bash or indented by four."""
+    for _, text in pages():
+        fenced = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        indented = re.findall(r"^    .*\n", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+        lines = "".join([*fenced, *indented]).replace("\\\n", " ").splitlines()
+        for part in itertools.chain.from_iterable(line.split("&&") for line in lines):
+            words = shlex.split(part, comments=True)
+            for i, word in enumerate(words):
+                if word.endswith(".py") and "python" in words[:i]:
+                    yield word, list(itertools.takewhile(lambda w: w not in (">", "|"), words[i + 1 :]))
+
+
+@pytest.mark.parametrize("script, args", list(documented_commands()), ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_documented_commands_parse(script, args, capsys):
     """Guards against an option that was renamed in the code and not on the page."""
     parse = {"sample.py": sample.parse_args, "bench.py": bench.parse_args, "tiny/train.py": tiny.train.parse_args}[script]
     try:
@@ -2240,17 +2104,19 @@ def test_commands_of_the_readme_parse(script, args, capsys):
         assert stop.code == 0, capsys.readouterr().err  # --help
 
 
-def test_names_in_the_readme_exist():
-    """Every file, every step of the method and every `name.name` that the README points at."""
-    root, known = Path(__file__).parent, {}
-    text = (root / "README.md").read_text(encoding="utf-8")
-    for module in (retro_attention, sample, bench, retro_attention.RetroAttention, Llama, Tokenizer, Decoder):
-        known[module.__name__] = module
-    steps = re.findall(r"^\d\. \*\*`(\w+)`\*\*", text, re.MULTILINE)
+def test_names_in_the_documentation_exist():
+    """Every file, every step of the method and every `name.name` that the pages point at."""
+    assert {script for script, _ in documented_commands()} == {"sample.py", "bench.py", "tiny/train.py"}
+    known = (retro_attention, sample, bench, retro_attention.RetroAttention, Llama, Tokenizer, Decoder)
+    known = {module.__name__: module for module in known}
+    readme = pages()[0][1]
+    steps = re.findall(r"^\d\. \*\*`(\w+)`\*\*", readme, re.MULTILINE)
     assert steps == ["write", "score", "select", "attend", "combine"] and all(hasattr(retro_attention, s) for s in steps)
     if importlib.util.find_spec("triton"):
         assert all(hasattr(kernels, s) and hasattr(kernels, f"{s}_kernel") for s in steps)
-    dotted = [m for m in re.findall(r"\b(\w+)\.(?!py\b)(\w+)", text) if m[0] in known]
-    assert ("RetroAttention", "decode") in dotted and all(hasattr(known[a], b) for a, b in dotted)
-    for link in re.findall(r"\]\(([\w./]+)\)", text):
-        assert (root / link).exists(), link
+    assert "RetroAttention.decode" in readme
+    for path, text in pages():
+        for owner, name in re.findall(r"\b(\w+)\.(?!py\b)(\w+)", text):
+            assert owner not in known or hasattr(known[owner], name), f"{path}: {owner}.{name}"
+        for link in re.findall(r"\]\(([\w./-]+)\)", text):
+            assert (path.parent / link).exists(), f"{path}: {link}"
