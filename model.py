@@ -350,11 +350,12 @@ class Decoder:
         need(0 <= t <= self.position, f"t must be between 0 and {self.position}, the newest position, not {t}")
         self.position = t
         self.t.fill_(t)
+        for layer in self.layers:
+            layer.forget(t)
         if self.retro.window > 1:
-            twins = [copy.copy(layer) for layer in self.layers]
+            twins = [copy.copy(layer) for layer in self.layers]  # the memory is shared
             for twin in twins:
-                twin.forget(t)
-                twin.dense = True  # for this pass; the memory is shared
+                twin.dense = True
             rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,)
             self.model.hidden(self.tokens[:, rows], *self.rope, twins, self.t)
 

@@ -1075,7 +1075,7 @@ def test_chat(tmp_path):
     assert tok.chat(conversation) == tok.encode(wanted, special=True)
     assert tok.chat([("user", "<|eot_id|>")]).count(tok.special["<|eot_id|>"]) == 1
     for wrong in (("tool", "the?"), {"role": "user", "content": "the?"}):
-        refused(lambda wrong=wrong: tok.chat([wrong]), "a role, system, user or assistant")
+        refused(lambda wrong=wrong: tok.chat([wrong]), "a role must be system, user or assistant, not ")
 
 
 def write_checkpoint(folder, params=(), weights=(), without=()):
@@ -1222,6 +1222,11 @@ def write_hugging_face_tokenizer(folder, **special):
     return fast
 
 
+def nearly_equal(ours, theirs):
+    """transformers computes norms and angles in float32, also in a float64 model."""
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
 def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -1241,7 +1246,7 @@ def test_a_hugging_face_folder_is_the_same_model(tmp_path, kind, shard, config):
     ours = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
     with torch.no_grad():
         wanted = theirs(tokens).logits
-    close(ours(tokens), wanted, 2e-5)  # theirs computes norms and angles in float32, also in a float64 model
+    nearly_equal(ours(tokens), wanted)
     close(decode(ours, None, tokens, 40)[0], ours(tokens)[:, 39:], 1e-10)
 
 
@@ -1290,7 +1295,7 @@ def test_a_tied_head_that_is_in_the_file(tmp_path):
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
         ours = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
         with torch.no_grad():
-            close(ours(tokens), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(tokens).logits, 2e-5)
+            nearly_equal(ours(tokens), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(tokens).logits)
         assert ours.config.tie_embeddings == tied
 
 
@@ -1636,9 +1641,10 @@ def test_answers_are_matched_by_their_number():
 
 
 def test_longgen_counts_what_is_right(capsys, monkeypatch, tmp_path):
-    """Of questions 3 .. 6 the script has two right, skips one and repeats one, first wrong; of 7 .. 10 none is right."""
+    """The questions asked are numbered on from the three examples. Of the first four the script has two right, skips one and
+    repeats one, first wrong; of the next four none is right."""
     said = (
-        "Answer_4: The answer is 1006. Answer_1: The answer is 1,003. Answer_2: The answer is 1. Answer_2: The answer is 1004."
+        "Answer_7: The answer is 1006. Answer_4: The answer is 1,003. Answer_5: The answer is 1. Answer_5: The answer is 1004."
     )
     tok = Tokenizer.from_checkpoint(TINY)
     model = scripted(tok, [*tok.encode(said), tok.stop_tokens[0]])
@@ -1652,7 +1658,7 @@ def test_longgen_counts_what_is_right(capsys, monkeypatch, tmp_path):
     assert all(row["right"] == 2 / 8 and row["answered"] == 6 / 8 for row in rows)
     records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert len(records) == 6 and all(record["text"] == said for record in records)
-    assert all(record["right"] == [record["run"]["prompt"] == 0 and i in (0, 3) for i in range(4)] for record in records)
+    assert all(record["right"] == [record["prompt"] == 0 and i in (0, 3) for i in range(4)] for record in records)
 
 
 def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
@@ -2051,7 +2057,11 @@ def test_both_implementations_give_the_same_picture(capsys):
         trace = sample.Trace(decoder, tok, 150, 4, layer=config.dense_layers, head=0)
         list(decoder.stream(idx, 3, temperature=0))
         seen.append(capsys.readouterr().err + "\n".join(trace.summary()))
-    assert seen[0] == seen[1] and seen[0].count("\nposition ") == 2 and "+" in seen[0]
+    (strips, numbers), (wanted, wanted_numbers) = (
+        (re.sub(r" +\d+\.\d+%?", "", text), [float(x) for x in re.findall(r"(\d+\.\d+)%?", text)]) for text in seen
+    )
+    assert strips == wanted and strips.count("\nposition ") == 2 and "+" in strips
+    close(numbers, wanted_numbers, 0.011)  # rounded in print: the last digit may differ by one
 
 
 def test_trace_draws_and_leaves_the_text_alone(capsys):
