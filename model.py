@@ -56,15 +56,15 @@ class LlamaConfig:
     def __post_init__(self):
         for name in ("dim", "n_layer", "n_head", "n_kv_head", "vocab_size", "ffn_dim", "max_seq_len"):
             x = getattr(self, name)
-            need(isinstance(x, int) and x >= 1, f"{name} must be an integer >= 1, not {x!r}")
+            need(isinstance(x, int) and 1 <= x < 2**31, f"{name} must be an integer >= 1 and < 2**31, not {x!r}")
         for name in ("norm_eps", "rope_theta", "rope_scaling"):
             x = getattr(self, name)
             if name != "rope_scaling" or x is not None:
-                need(isinstance(x, (int, float)) and 0 < x < math.inf, f"{name} must be a number > 0, not {x!r}")
+                need(isinstance(x, (int, float)) and 0 < x < 1e30, f"{name} must be a number > 0 and < 1e30, not {x!r}")
         if self.head_size is None and self.dim % self.n_head == 0:
             self.head_size = self.dim // self.n_head
         need(
-            isinstance(self.head_size, int) and self.head_size >= 2 and self.head_size % 2 == 0,
+            isinstance(self.head_size, int) and 2 <= self.head_size < 2**31 and self.head_size % 2 == 0,
             f"dim {self.dim} must be an even multiple of n_head {self.n_head}, or head_size given, and even",
         )
         need(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
@@ -76,7 +76,7 @@ def rope_table(config: LlamaConfig, length: int, device: torch.device | str, dty
     In float32, as the published models were trained, unless the model (`dtype`) is in float64.
     """
     like = {"device": device, "dtype": accumulator(dtype)}
-    freqs = 1.0 / config.rope_theta ** (torch.arange(0, config.head_size, 2, **like) / config.head_size)  # (hs / 2,)
+    freqs = 1.0 / float(config.rope_theta) ** (torch.arange(0, config.head_size, 2, **like) / config.head_size)  # (hs / 2,)
     if config.rope_scaling is not None:
         # Wavelengths that fit four times into the 8,192 tokens of pre-training stay; those that don't fit once are
         # stretched by the factor; in between, a blend.
@@ -695,7 +695,10 @@ def pair_neighbours(w: torch.Tensor, head_size: int) -> torch.Tensor:
     return w.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2).flatten(0, 2)
 
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+# For a checkpoint that has ChatML's tokens and no template. (Jinja drops a newline at the end of a template.)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant{{ '\n' }}"
+)
 
 
 class HuggingFaceTokenizer:

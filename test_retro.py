@@ -995,12 +995,12 @@ def from_meta(**changes):
     )),
     *((small, {name: value}, message) for name, value, message in (
         ("n_head", 4, "n_head 4"), ("n_kv_head", 4, "n_kv_head 4"), ("dim", 21, "dim 21 must be"),
-        ("n_layer", 0, "n_layer must be .* not 0"), ("max_seq_len", 1.5, "max_seq_len must be an integer >= 1, not 1.5"),
-        ("head_size", 15, "head_size"), ("head_size", "16", "head_size"), ("norm_eps", math.inf, "a number > 0, not inf"),
+        ("n_layer", 0, "n_layer must be .* not 0"), ("max_seq_len", 1.5, "max_seq_len must be an integer .*, not 1.5"),
+        ("head_size", 15, "head_size"), ("head_size", "16", "head_size"), ("norm_eps", math.inf, "a number > 0 and < 1e30, not inf"),
     )),
     (from_meta, dict(dim="7"), "dim must be .* not '7'"),
     (from_meta, dict(ffn_dim_multiplier=math.inf), "ffn_dim_multiplier must be a number > 0, not inf"),
-    (from_meta, dict(use_scaled_rope=True, rope_scaling_factor=0), "rope_scaling must be a number > 0, not 0"),
+    (from_meta, dict(use_scaled_rope=True, rope_scaling_factor=0), "rope_scaling must be a number > 0 and < 1e30, not 0"),
 ])  # fmt: skip
 def test_a_configuration_out_of_range_is_named(make, bad, message):
     """The message holds the name, what is allowed, and the value. Guards against heads that silently lose a part of the
@@ -1271,7 +1271,7 @@ def test_both_spellings_of_rope_settings(tmp_path):
     ({"model_type": "unheard"}, "AutoConfig cannot be read"), ({"hidden_size": "wide"}, "AutoConfig cannot be read"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn.* are not supported"),
     ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "are not supported"),
-    ({"rope_parameters": {**LLAMA3_ROPE, "factor": 0}}, "rope_scaling must be a number > 0, not 0"),
+    ({"rope_parameters": {**LLAMA3_ROPE, "factor": 0}}, "rope_scaling must be a number > 0 and < 1e30, not 0"),
     ({"rms_norm_eps": math.inf}, "norm_eps"), ({"vocab_size": 301}, r"\(301, 48\), the file has \(300, 48\)"),
     ({"num_hidden_layers": 3}, "layers.2.* no such tensor"), ({"num_hidden_layers": 1}, "layers.1.* unknown name"),
 ])  # fmt: skip
