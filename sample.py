@@ -27,6 +27,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
 

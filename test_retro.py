@@ -2092,11 +2092,10 @@ def pages():
 
 
 def documented_commands():
-    """(file, arguments) of each command on a page that runs one of our files, in a block marked bash or indented by four."""
+    """(file, arguments) of each command on a page, in a block marked bash, that runs one of our files."""
     for _, text in pages():
-        fenced = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        indented = re.findall(r"^    .*\n", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
-        lines = "".join([*fenced, *indented]).replace("\\\n", " ").splitlines()
+        blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        lines = "".join(blocks).replace("\\\n", " ").splitlines()
         for part in itertools.chain.from_iterable(line.split("&&") for line in lines):
             words = shlex.split(part, comments=True)
             for i, word in enumerate(words):
