@@ -20,7 +20,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ def rope_table(config: LlamaConfig, length: int, device: torch.device | str, dty
         # stretched by the factor; in between, a blend.
         turns = 8192 * freqs / (2 * math.pi)
         keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
-        freqs = keep * freqs + (1 - keep) * freqs / config.rope_scaling
+        freqs = keep * freqs + (1 - keep) * freqs / float(config.rope_scaling)
     angles = torch.outer(torch.arange(length, **like), freqs)  # (length, hs / 2) radians
     return angles.cos(), angles.sin()
 
@@ -602,6 +602,17 @@ class Tokenizer:
 # Hugging Face's format
 
 
+def in_one_line(what: str, call: Callable):
+    """What transformers returns, or why it doesn't as a ValueError: broken files raise all kinds, Rust's panics among them."""
+    try:
+        return call()
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what}: {reason[:300]}") from None
+
+
 def from_pretrained(kind: str, folder: str | Path):
     """transformers' AutoConfig, AutoTokenizer or GenerationConfig of a folder. ValueError in one line if it has none."""
     try:
@@ -610,11 +621,8 @@ def from_pretrained(kind: str, folder: str | Path):
         raise ValueError(f"checkpoint {folder}: Hugging Face's format needs more packages: pip install -e '.[hf]'") from None
     need(int(transformers.__version__.split(".")[0]) >= 5, f"transformers must be 5 or newer, not {transformers.__version__}")
     transformers.logging.set_verbosity_error()
-    try:
-        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # broken files raise all kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"checkpoint {folder}: {kind} cannot be read: {reason[:300]}") from None
+    read = partial(getattr(transformers, kind).from_pretrained, folder, local_files_only=True)
+    return in_one_line(f"checkpoint {folder}: {kind} cannot be read", read)
 
 
 def config_from_hugging_face(folder: str | Path) -> LlamaConfig:
@@ -632,7 +640,7 @@ def config_from_hugging_face(folder: str | Path) -> LlamaConfig:
     rope = dict(config.rope_parameters)
     theta, scaling = rope.pop("rope_theta", None), None
     if rope.pop("rope_type", "default") == "llama3":
-        scaling = rope.pop("factor", 0)  # 0 is refused: it must be there
+        scaling = rope.pop("factor", None) or 0  # 0 is refused: it must be there
         llama3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
         rope = {} if rope == llama3 else rope
     need(not rope, f"checkpoint {folder}: rope_parameters {config.rope_parameters} are not supported")
@@ -726,14 +734,13 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`; with `bos`, what the tokenizer puts around a text. Special tokens' names are text unless `special`."""
-        return self.tokenizer.encode(text, add_special_tokens=bos, split_special_tokens=not special)
+        encode = partial(self.tokenizer.encode, text, add_special_tokens=bos, split_special_tokens=not special)
+        return in_one_line(f"checkpoint {self.folder}: its tokenizer fails", encode)
 
     def render(self, messages: Sequence[tuple[str, str]], **options):
         said = [{"role": role, "content": text} for role, text in messages]
-        try:
-            return self.tokenizer.apply_chat_template(said, return_dict=False, **options)
-        except Exception as error:  # a template may refuse, in words of its own
-            raise ValueError(f"checkpoint {self.folder}: chat template: {' '.join(str(error).split())[:300]}") from None
+        render = partial(self.tokenizer.apply_chat_template, said, return_dict=False, **options)
+        return in_one_line(f"checkpoint {self.folder}: chat template", render)  # which may refuse, in words of its own
 
     def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Ids of a conversation of (role, text) by the checkpoint's template, up to where the assistant's turn begins."""
