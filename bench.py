@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -280,7 +281,9 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
     start = [tok.bos] if tok.bos is not None else tok.encode("\n")
     if args.text is None:
         progress(f"no --text: sampling {B} texts of {T} tokens from the checkpoint")
-        return model.generate(torch.tensor([start] * B, device=device), T - len(start), None, temperature=1, seed=args.seed)
+        return model.generate(
+            torch.tensor([start] * B, device=device), T - len(start), None, temperature=1, top_p=None, seed=args.seed
+        )
     ids, n = tok.encode(read_text(args.text, args.text)), T - len(start)
     need(len(ids) >= B * n, f"text {args.text} has {len(ids)} tokens: {B} passages of {n} need {B * n}")
     starts = [i * len(ids) // B for i in range(B)]
@@ -893,11 +896,19 @@ def at_least(least: int) -> Callable:
     return integer
 
 
-def setting(text: str) -> tuple[int, int]:
+class Setting(NamedTuple):
+    context: int
+    batch: int
+
+    def __repr__(self):
+        return f"{self.context}x{self.batch}"
+
+
+def setting(text: str) -> Setting:
     context, batch = map(int, text.split("x"))
     if context < 256 or batch < 1:
         raise argparse.ArgumentTypeError(f"must have a context >= 256 and a batch >= 1, not {text}")
-    return context, batch
+    return Setting(context, batch)
 
 
 # The options of each command; what is returned is what --quick stands for.
@@ -924,9 +935,10 @@ def quality_options(add: Callable) -> dict:
     return {"passages": 8, "prefix": 1024, "length": 96, "questions": 8, "entries": 12}
 
 
-def exposure_options(add: Callable):
+def exposure_options(add: Callable) -> dict:
     text_options(add, passages=8, least=1, length=256)
     add("--distance", type=at_least(1), default=8, help="steps to look back")
+    return {"passages": 2, "prefix": 512, "length": 64}
 
 
 def longgen_options(add: Callable):
@@ -941,25 +953,27 @@ def longgen_options(add: Callable):
     add("--chat", action="store_true", help="the prompt is a user's message, in the format of the checkpoint's tokenizer")
 
 
-def speed_options(add: Callable, settings: list[tuple[int, int]], windows: list[int]) -> dict:
+def speed_options(add: Callable, settings: list[Setting], windows: list[int]) -> dict:
     """On a GPU if there is one; else with the PyTorch reference on a few settings, which says little about speed."""
     gpu = torch.cuda.is_available()
-    settings = settings if gpu else [(1024, 1), (4096, 1)]
+    settings = settings if gpu else [Setting(1024, 1), Setting(4096, 1)]
     add("--shape", choices=list(SHAPES) if gpu else ["tiny"], default="8b" if gpu else "tiny", help="a Llama's, or tiny/'s")
     add("--settings", type=setting, nargs="+", default=settings, help="context x batch, as 32768x8")
     add("--windows", type=at_least(1), nargs="+", default=windows, help="W to measure; 1 is Quest")
-    return {"settings": [(32_768, 1), (32_768, 8)] if gpu else [(1024, 1)]}
+    return {"settings": [Setting(32_768, 1), Setting(32_768, 8)] if gpu else [Setting(1024, 1)]}
 
 
 def kernels_options(add: Callable) -> dict:
-    settings = [(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)]
+    settings = [Setting(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)]
     return speed_options(add, settings, windows=[1, 2, 8]) | {"windows": [1, 2]}
 
 
 def decode_options(add: Callable) -> dict:
     add("--dense_layers", type=at_least(0), default=0, help="first layers that attend to all; 0: all have the same byte floor")
     add("--rounds", type=at_least(1), default=3, help="times that all methods are measured in turn, 30 steps each")
-    return speed_options(add, [(32_768, 1), (131_072, 1), (32_768, 8), (65_536, 8)], windows=[2, 4, 8]) | {"rounds": 1}
+    return speed_options(add, [Setting(k * 1024, B) for k, B in ((32, 1), (128, 1), (32, 8), (64, 8))], windows=[2, 4, 8]) | {
+        "rounds": 1
+    }
 
 
 def picture_options(add: Callable):

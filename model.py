@@ -176,21 +176,22 @@ class Llama(nn.Module):
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         """(B, T) ids -> (B, T, vocab) logits: dense, no cache, differentiable. ValueError if T is 0 or exceeds the context."""
-        T, weight = idx.shape[1], self.norm.weight
+        (_, T), weight = check_ids(idx), self.norm.weight
         need(1 <= T <= self.config.max_seq_len, f"{T} tokens: must be between 1 and the context of {self.config.max_seq_len}")
         return self.logits(self.hidden(idx, *rope_table(self.config, T, weight.device, weight.dtype)))
 
     def generate(
         self, idx: torch.Tensor, max_new_tokens: int, retro: RetroConfig | None = RetroConfig(), temperature: float = 0.8,
-        top_k: int | None = None, top_p: float | None = None, seed: int | None = None, stop_tokens: Sequence[int] = (),
+        top_k: int | None = None, top_p: float | None = 0.95, seed: int | None = None, stop_tokens: Sequence[int] = (),
     ) -> torch.Tensor:  # fmt: skip
         """Continues (B, T) ids by up to `max_new_tokens` -> (B, T + n); `retro=None` attends densely, temperature 0 is greedy.
 
         n is less where the context ends or every sequence has met a stop token; one that ended before the others is filled
         with the first of `stop_tokens`. Same seed, same text. ValueError names a value that is out of range.
         """
-        B, T = idx.shape
-        decoder = Decoder(self, B, retro, max_seq_len=min(T + max(1, max_new_tokens), self.config.max_seq_len))
+        (B, T), most = check_ids(idx), self.config.max_seq_len - 1
+        need(1 <= T <= most, f"the prompt has {T} tokens: must be between 1 and {most}, one less than the context")
+        decoder = Decoder(self, B, retro, max_seq_len=min(T + max(1, max_new_tokens), most + 1))
         new = list(decoder.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens))
         decoder.check_finite()
         return torch.cat([idx, torch.stack(new, dim=1)], dim=1)
@@ -200,7 +201,7 @@ class Llama(nn.Module):
 
         -> (B, T - prompt_len) float32. ValueError unless 1 <= prompt_len < T.
         """
-        B, T = idx.shape
+        B, T = check_ids(idx)
         need(1 <= prompt_len < T, f"prompt_len must be between 1 and {T - 1}, not {prompt_len}")
         decoder = Decoder(self, B, retro, max_seq_len=T)
         logits, logps = decoder.prefill(idx[:, :prompt_len]), []
@@ -233,6 +234,7 @@ class Llama(nn.Module):
 
         `max_seq_len` replaces the checkpoint's context. Strict: ValueError names what is missing, foreign or misshapen.
         """
+        need(isinstance(dtype, torch.dtype), f"dtype must be a torch.dtype as torch.float32, not {dtype!r}")
         config, weights = read_checkpoint(folder)
         if max_seq_len is not None:
             config = replace(config, max_seq_len=max_seq_len)
@@ -252,6 +254,14 @@ class Llama(nn.Module):
         return model
 
 
+def check_ids(idx: torch.Tensor) -> torch.Size:
+    """The shape (B, T) of ids. ValueError if they are something else."""
+    fine = isinstance(idx, torch.Tensor) and idx.ndim == 2 and idx.dtype in (torch.int32, torch.int64)
+    what = f"{idx.dtype} {tuple(idx.shape)}" if isinstance(idx, torch.Tensor) else type(idx).__name__
+    need(fine, f"token ids must be an integer tensor of shape (B, T), not {what}")
+    return idx.shape
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
 
@@ -264,7 +274,9 @@ class Decoder:
     the current one.
     """
 
-    def __init__(self, model: Llama, batch_size: int, retro: RetroConfig | None = None, max_seq_len: int | None = None):
+    def __init__(
+        self, model: Llama, batch_size: int, retro: RetroConfig | None = RetroConfig(), max_seq_len: int | None = None
+    ):  # fmt: skip
         config, weight = model.config, model.norm.weight
         like = {"device": weight.device, "dtype": weight.dtype}
         n = config.max_seq_len if max_seq_len is None else max_seq_len
@@ -299,7 +311,7 @@ class Decoder:
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
         """(B, T) prompt -> (B, vocab). ValueError if it is empty, longer than the context, or another number of texts, or if
         the logits are not finite."""
-        T, B = idx.shape[1], len(self.tokens)
+        (_, T), B = check_ids(idx), len(self.tokens)
         need(len(idx) == B, f"the prompt has {len(idx)} texts: must be {B}, as the decoder was made for")
         need(1 <= T <= self.max_seq_len, f"the prompt has {T} tokens: must be between 1 and the context of {self.max_seq_len}")
         self.tokens[:, :T] = idx
@@ -372,10 +384,10 @@ class Decoder:
 
     def stream(
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 0.8,
-        top_k: int | None = None, top_p: float | None = None, seed: int | None = None, stop_tokens: Sequence[int] = (),
+        top_k: int | None = None, top_p: float | None = 0.95, seed: int | None = None, stop_tokens: Sequence[int] = (),
     ) -> Iterator[torch.Tensor]:  # fmt: skip
         """An iterator over the (B,) next tokens; arguments and errors as in `Llama.generate`."""
-        T, most = idx.shape[1], self.max_seq_len - 1
+        (_, T), most = check_ids(idx), self.max_seq_len - 1
         need(1 <= T <= most, f"the prompt has {T} tokens: must be between 1 and {most}, one less than the context")
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         generator = torch.Generator(device=idx.device)

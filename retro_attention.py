@@ -60,9 +60,10 @@ class RetroConfig:
     impl: str = "auto"  # "torch", "triton", or "auto": Triton on a GPU (and a shape that it can do), PyTorch elsewhere
 
     def __post_init__(self):
-        for name, least in (("page_size", 1), ("min_tokens", 1), ("window", 1), ("dense_layers", 0)):
+        limits = {"page_size": (1, 1024), "min_tokens": (1, 2**31 - 1), "window": (1, 256), "dense_layers": (0, 2**31 - 1)}
+        for name, (least, most) in limits.items():
             x = getattr(self, name)
-            need(isinstance(x, int) and x >= least, f"{name} must be an integer >= {least}, not {x!r}")
+            need(type(x) is int and least <= x <= most, f"{name} must be an integer from {least} to {most}, not {x!r}")
         need(self.page_size & (self.page_size - 1) == 0, f"page_size must be a power of two, not {self.page_size}")
         number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
         need(number and 0 < self.budget <= 1, f"budget must be in (0, 1], not {self.budget!r}")

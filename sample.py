@@ -30,6 +30,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_args(self, args=None, namespace=None):
+        """--max-new-tokens is --max_new_tokens."""
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args(
+            [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), x) for x in args], namespace
+        )
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
 
@@ -78,7 +85,7 @@ def load(args: argparse.Namespace) -> tuple[LlamaConfig, Tokenizer, torch.device
 def read_text(path: str, name: str) -> str:
     """The text of a file, of stdin for -. ValueError by `name` if it cannot be read."""
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
         return data.decode("utf-8-sig")  # a byte order mark is not text
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror}") from None
@@ -404,6 +411,7 @@ def prompt_ids(args: argparse.Namespace, config: LlamaConfig, tok: Tokenizer) ->
     prompt = args.prompt
     if prompt == "-" or prompt.startswith("FILE:"):
         path = prompt.removeprefix("FILE:")
+        need(path, "prompt FILE: needs a path")
         prompt = read_text(path, f"prompt file {path}")
     for name, text in (("prompt", prompt), ("system", args.system or "")):
         need(not re.search("[\ud800-\udfff]", text), f"{name} is not UTF-8")  # as Python keeps bytes that are not
