@@ -305,6 +305,7 @@ def forced(decoder: Decoder, idx: torch.Tensor, prefix: int, decoded: int = 0) -
     feed(decoder, idx[:, :prefix], decoded)
     for i in range(prefix, idx.shape[1] - 1):
         yield decoder.step(idx[:, i]).float().log_softmax(dim=-1)
+    decoder.check_finite()
 
 
 def fidelity(steps, full: list, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,15 +11,15 @@ and of what a layer computes beside attention, rms_norm and swiglu. Launch timin
 For a reader new to Triton: a kernel runs once for each *program* of its grid, and `tl.program_id` says which. Arguments named
 like tensors are pointers to their first element; a pointer plus a block of offsets is a block of addresses, of which those
 whose mask is false read `other` and write nothing. `tl.constexpr` arguments are compiled in. The threads of a program share
-its blocks; they see each other's stores to memory only after a barrier, those of other programs only when their kernel has
-ended. The sides of a block are powers of two: ROWS, N, SPLITS and DIM are sizes rounded up, and masks cut off what is too much.
-`num_warps` says how many groups of 32 threads share a program, `num_stages` how many tiles of a loop are on their way at once;
-where a pointer is None, the branch that would use it is not compiled.
+its blocks. A thread sees what other threads of its program stored to memory only after a barrier, and what other programs
+stored only once their kernel has ended. The sides of a block are powers of two: ROWS, N, SPLITS and DIM are sizes rounded up,
+and masks cut off what is too much. `num_warps` says how many groups of 32 threads share a program, `num_stages` how many tiles
+of a loop are on their way at once. Where a pointer is None, the branch that would use it is not compiled.
 
-Below each function `step` that checks, allocates and launches stands its kernel `step_kernel`. `cache` is a LayerCache, CONFIG
-its RetroConfig. Grids and shapes depend on the sizes of the cache and never on the position: `t` is loaded inside, so the host
-never waits for the device and a whole step can become a CUDA graph. What is stored after position t is never read into a
-result.
+Each function here, as `write`, checks, allocates and launches; below it stands its kernel, `write_kernel`. `cache` is a
+LayerCache, CONFIG its RetroConfig. Grids and shapes depend on the sizes of the cache and never on the position: `t` is loaded
+inside, so the host never waits for the device and a whole step can become a CUDA graph. What is stored after position t is
+never read into a result.
 
 Bytes are those of one layer and one step; e is the element size, heads = B * n_kv_head.
 
@@ -45,7 +45,7 @@ def write(q, k, v, cos, sin, cache, t: torch.Tensor) -> torch.Tensor:
     """Rotates q and k, puts the window's rows of k and v into the cache, refreshes the touched bounds; returns rotated q."""
     B, W, n_head, hs = q.shape
     assert all(x.is_contiguous() for x in (cos, sin, cache.k, cache.v)), "angles and cache must be contiguous"
-    # Rows may stand apart, as they do where q, k and v are slices of one product: from row to row, in (B, W), a fixed step.
+    # Rows may be slices of one product: consecutive rows of (B, W) lie `stride` elements apart.
     strides = [x.stride(1) if W > 1 else x.stride(0) for x in (q, k, v)]
     for x, stride in zip((q, k, v), strides, strict=True):
         assert x.stride()[2:] == (hs, 1) and (B == 1 or x.stride(0) == W * stride), "rows must be evenly spaced"
@@ -105,7 +105,7 @@ def write_kernel(
         tl.store(cache_k + place, x, mask=real[:, None])
         tl.store(cache_v + place, tl.load(v + row * v_stride + rest, mask=real[:, None], other=0.0), mask=real[:, None])
 
-        # Bounds: the window's keys are in registers, only the page's earlier ones are read (no barrier after the store above).
+        # Bounds: the window's keys are in registers, only the page's earlier ones are read: no barrier is needed.
         if k_min is not None:
             for page in range(tl.maximum(t - W + 1, 0) // PS, t // PS + 1):
                 j = page * PS + tl.arange(0, PS)  # (PS,) positions
@@ -211,8 +211,8 @@ def select_kernel(
 ):  # fmt: skip
     """pages = top-k(score); last_loaded = A[pages]; A[pages] = t
 
-    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads heads * held * 8 bytes of scores and of A, writes
-    heads * count * 12, with count = pages_selected(t).
+    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads at most heads * held * 4 bytes each of scores and
+    of A, writes heads * count * 12, with count = pages_selected(t).
 
     An example with six pages held. Page 5 is the window's own and always loaded; `rest` = 2 of the others are to be chosen:
 
@@ -223,7 +223,8 @@ def select_kernel(
     At least 2 ranks reach low = 10, none reaches high = 51. Between them a = 23 and b = 36 are reached by 4 and 3 ranks: now
     low = 36. Then a = 41 and b = 46 are reached by 1 and 1: high = 41. The search ends at low = 40, high = 41. Three ranks
     reach 40, one too many, and no threshold can part the two that are equal. Page 2 is above 40, so there is room for one of
-    the two: page 0, the lower. Chosen are pages 0, 2 and 5, in slots 0, 1, 2 of the list: the number of chosen pages before.
+    the two: page 0, the lower. Chosen are pages 0, 2 and 5. A page's slot in the list is the number of chosen
+    pages before it: 0, 1, 2.
     """
     PS: tl.constexpr = CONFIG.page_size
     bh = tl.program_id(0).to(tl.int64)
@@ -238,7 +239,7 @@ def select_kernel(
     loaded, sights = tl.load(totals + bh * 2), tl.load(totals + bh * 2 + 1)
     wait_for_the_kernel_before()
     x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
-    x = tl.where(x == x, x, float("inf"))  # a NaN, of keys that have overflowed, ranks first
+    x = tl.where(x == x, x, float("inf"))  # a NaN score, as of an infinite key times 0, ranks first
     # A positive float's bits, read as an integer, rise with it, a negative one's fall. -0.0 counts as 0.0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     rank = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
@@ -388,8 +389,8 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache, t: torch.Tensor) -> torch
     combine_kernel[(B * W * n_head,)](
         o, lse, cache.out, cache.lse, merged, t, splits, n_head,
         W=W, SPLITS=triton.next_power_of_2(splits), HS=hs, num_warps=max(1, splits // 32),
-        # A sum over threads ends up in all of them, and all of them store it. With fused multiply-adds each would round another
-        # product, and the copies would differ in their last bits.
+        # After a sum over threads each of them holds the result and stores it. Fused multiply-adds would make these copies
+        # differ in their last bits.
         enable_fp_fusion=False, **LAUNCH_EARLY,
     )  # fmt: skip
     return merged
@@ -441,8 +442,8 @@ def combine_kernel(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Beside attention. PyTorch's own functions are 2.8 to 3.7 % (RMSNorm) and 2.0 to 2.6 % (SwiGLU, whose two halves are not
-# contiguous) of a whole W=2 step slower: one H100, Llama-3.1-8B's shape, 32k x 1, 128k x 1 and 32k x 8.
+# Beside attention. With PyTorch's own functions a whole W=2 step is 2.8 to 3.7 % (RMSNorm) and 2.0 to 2.6 % (SwiGLU, whose two
+# halves are not contiguous) slower: one H100, Llama-3.1-8B's shape, 32k x 1, 128k x 1 and 32k x 8.
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

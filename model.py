@@ -1,15 +1,14 @@
 """A Llama in one file, decoded with RetroAttention.
 
-Read it from the bottom of its first part up: `Llama` is the model, `Block` one layer, `Attention` the part that hands its
-queries, keys and values to `retro_attention.py`. `Decoder` is one batch of sequences on its way through prefill and decode
-steps; `generate` and `score` are loops over it. The second part, reading checkpoints and tokenizers, is not needed to
-understand the method.
+Start at `Llama`, the model, and read upwards: `Block` is one layer, `Attention` the part that hands its queries, keys and
+values to `retro_attention.py`. `Decoder`, below, is one batch of texts on its way through prefill and decode steps; `generate`
+and `score` are loops over it. The second part, reading checkpoints and tokenizers, is not needed to understand the method.
 
 Shapes stand at the end of the line that makes the tensor, in these letters: B batch, T tokens, W rows of the retrospective
 window (newest last), n_head and n_kv_head heads, hs head size.
 
-RoPE rotates neighbours, (x0, x1), (x2, x3) ..., as in Meta's checkpoints. Products with the same input are one parameter:
-`wqkv` is Meta's wq, wk and wv one below the other, `w13` its w1 and w3; `Llama.weights` names the parts.
+RoPE rotates neighbours, (x0, x1), (x2, x3) ..., as in Meta's checkpoints. Projections of the same input share one
+parameter: `wqkv` is Meta's wq, wk and wv one below the other, `w13` its w1 and w3; `Llama.weights` names the parts.
 """
 
 import base64
@@ -145,9 +144,9 @@ class Block(nn.Module):
         """(B, T, dim) -> (B, T, dim). Dense; with `retro` the prefill of a prompt; with `t` as well a decode step, whose T = W
         rows end at position t."""
         ops = retro_attention if retro is None else retro.ops  # the kernels have no gradients
-        norm = lambda x, weights: ops.rms_norm(x, weights.weight, weights.eps)  # noqa: E731
-        x = x + self.attention(norm(x, self.attention_norm), cos, sin, retro, t)
-        return x + self.feed_forward(norm(x, self.ffn_norm), ops)
+        a, f = self.attention_norm, self.ffn_norm
+        x = x + self.attention(ops.rms_norm(x, a.weight, a.eps), cos, sin, retro, t)
+        return x + self.feed_forward(ops.rms_norm(x, f.weight, f.eps), ops)
 
 
 class Llama(nn.Module):
@@ -206,7 +205,7 @@ class Llama(nn.Module):
         decoder = Decoder(self, B, retro, max_seq_len=T)
         logits, logps = decoder.prefill(idx[:, :prompt_len]), []
         for i in range(prompt_len, T):
-            logps.append(decoder.only_finite(logits).float().log_softmax(dim=-1).gather(1, idx[:, i, None]))  # (B, 1)
+            logps.append(logits.float().log_softmax(dim=-1).gather(1, idx[:, i, None]))  # (B, 1)
             if i < T - 1:
                 logits = decoder.step(idx[:, i])
         decoder.check_finite()
@@ -232,7 +231,8 @@ class Llama(nn.Module):
     ) -> "Llama":  # fmt: skip
         """Loads Meta's format (`params.json`, `consolidated.00.pth`) or Hugging Face's (`config.json`, `*.safetensors`).
 
-        `max_seq_len` replaces the checkpoint's context. Strict: ValueError names what is missing, foreign or misshapen.
+        `max_seq_len` replaces the checkpoint's context. Strict: ValueError names what is missing, foreign or misshapen. (In
+        Meta's format a missing `output.weight` means that the head is the embedding table.)
         """
         need(isinstance(dtype, torch.dtype), f"dtype must be a torch.dtype as torch.float32, not {dtype!r}")
         config, weights = read_checkpoint(folder)
@@ -246,9 +246,10 @@ class Llama(nn.Module):
             a, b = expected.get(name, "none: unknown name"), found.get(name, "no such tensor")
             need(a == b, f"checkpoint {folder}: {name} should have shape {a}, the file has {b}")
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        theirs = is_hugging_face(folder)
         for name, w in model.weights().items():
             source = weights.pop(name)  # dropped after it is copied: a file's memory map goes with its last tensor
-            if is_hugging_face(folder) and name.split(".")[-2] in ("wq", "wk", "q_norm", "k_norm"):
+            if theirs and name.split(".")[-2] in ("wq", "wk", "q_norm", "k_norm"):
                 source = pair_neighbours(source, config.head_size)
             w.copy_(source)
         return model
@@ -271,7 +272,7 @@ class Decoder:
 
     `prefill` a prompt, then `step` with each next token; both return the logits of the token that follows. Without a prompt the
     first step is the text's first token. The model's weights must stay where they are while a decoder lives; their GPU becomes
-    the current one.
+    the current one and must stay so. Logits that are not finite come back as 0, and `check_finite` raises.
     """
 
     def __init__(
@@ -305,7 +306,7 @@ class Decoder:
         self.graph, self.compiled = None, False
         self.token = torch.zeros(batch_size, dtype=torch.long, device=weight.device)  # (B,) the newest token
         self.newest_logits = None  # (B, vocab)
-        self.finite = torch.ones((), dtype=torch.bool, device=weight.device)  # all logits since the prompt
+        self.finite = torch.ones((), dtype=torch.bool, device=weight.device)  # so were all logits since the prompt
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
@@ -317,9 +318,8 @@ class Decoder:
         self.tokens[:, :T] = idx
         self.t.fill_(T - 1)
         self.position = T - 1
-        logits = self.model.logits(self.model.hidden(idx, *self.rope, self.layers)[:, -1])
         self.finite.fill_(True)
-        self.only_finite(logits)
+        logits = self.finite_logits(self.model.hidden(idx, *self.rope, self.layers))
         self.check_finite()
         return logits
 
@@ -330,17 +330,20 @@ class Decoder:
             raise IndexError(f"position {self.position + 1} is past the end of the cache of {self.max_seq_len} tokens")
         assert token.shape == self.token.shape, f"one token per text: {tuple(self.token.shape)}, not {tuple(token.shape)}"
         self.token.copy_(token)
-        self.position += 1
         watched = any(layer.hook is not None for layer in self.layers)  # a hook runs on the host
         if not self.captures or watched or not self.compiled:
             self.compiled = True  # the first step compiles the kernels, which a capture cannot do
-            return self._step()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.newest_logits = self._step()
-        self.graph.replay()
-        return self.newest_logits.clone()  # the next replay overwrites them
+            logits = self._step()
+        else:
+            if self.graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self.newest_logits = self._step()
+                self.graph = graph
+            self.graph.replay()
+            logits = self.newest_logits.clone()  # the next replay overwrites them
+        self.position += 1
+        return logits
 
     def _step(self) -> torch.Tensor:
         """Through Triton nothing in here waits for the device, and no shape depends on the position."""
@@ -348,20 +351,21 @@ class Decoder:
         self.tokens.index_copy_(1, self.t.view(1), self.token[:, None])
         # The past rows start from their token ids again. Before the text starts there are none: any id will do.
         rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,)
-        x = self.model.hidden(self.tokens[:, rows], *self.rope, self.layers, self.t)  # (B, W, dim)
-        return self.model.logits(x[:, -1])
+        return self.finite_logits(self.model.hidden(self.tokens[:, rows], *self.rope, self.layers, self.t))
 
     @torch.inference_mode()
     def rewind(self, t: int) -> None:
         """Forgets all tokens after position t, for a retry or for speculative decoding; the next step is that of t+1.
 
-        For W=1 all is as if no later token had been there. For W>1 that cannot be restored: later steps have overwritten the
-        keys and values of the past rows, and the output cache has lost the outputs of some. So the rows up to t are attended
-        to once more, densely, as at the end of a prompt of t+1 tokens. ValueError unless t is the position of a token.
+        For W=1 the logits are as if no later token had been there. For W>1 that cannot be restored: later steps have
+        overwritten the keys and values of the past rows, and the output cache has lost the outputs of some. So the window that
+        ends at t attends once more, densely, as at the end of a prompt of t+1 tokens. (`totals` keep the forgotten steps.)
+        ValueError unless t is the position of a token.
         """
         need(0 <= t <= self.position, f"t must be between 0 and {self.position}, the newest position, not {t}")
         self.position = t
         self.t.fill_(t)
+        self.finite.fill_(True)
         for layer in self.layers:
             layer.forget(t)
         if self.retro.window > 1:
@@ -371,14 +375,16 @@ class Decoder:
             rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,)
             self.model.hidden(self.tokens[:, rows], *self.rope, twins, self.t)
 
-    def only_finite(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits, 0 where they are not finite; `check_finite` says so later, as a step must not wait for the device."""
+    def finite_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, T, dim) -> (B, vocab) of the newest row. Where they are not finite, `check_finite` says so later, as a step
+        must not wait for the device; until then they are 0, from which a token can be drawn."""
+        logits = self.model.logits(x[:, -1])
         finite = logits.isfinite()
         self.finite &= finite.all()
         return logits.where(finite, 0)
 
     def check_finite(self) -> None:
-        """ValueError if logits were not finite: what was made of them since means nothing."""
+        """ValueError if logits were not finite since the prompt: what was made of them means nothing."""
         kind = self.model.norm.weight.dtype
         need(self.finite, f"the model's logits are not finite: its weights are broken, or too large for {kind}")
 
@@ -396,7 +402,8 @@ class Decoder:
         else:
             generator.manual_seed(seed)
         sample = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        # The checks are above and the loop is apart, so that a mistake shows at the call and not at the first token.
+        # The checks run here and the loop is a function of its own, so that a mistake is raised at the call, not at the first
+        # token.
         return self._stream(idx, min(max_new_tokens, self.max_seq_len - T), sample, stop_tokens)
 
     def _stream(self, idx, n, sample, stop_tokens):
@@ -404,7 +411,7 @@ class Decoder:
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)  # (B,)
         token = None
         for _ in range(n):
-            token = sample(self.only_finite(self.prefill(idx) if token is None else self.step(token)))  # (B,)
+            token = sample(self.prefill(idx) if token is None else self.step(token))  # (B,)
             if len(stops):
                 token = torch.where(ended, stops[0], token)
                 ended |= torch.isin(token, stops)

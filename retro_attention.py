@@ -6,7 +6,7 @@ and in the next layer they overwrite stale keys and values. A decode step theref
 new token and W-1 past ones, and in each layer does this:
 
     1. write    rotate q and k, append the new row's K and V, overwrite those of the past rows, refresh the page bounds
-    2. score    Quest's bound of q.k over each page, for the newest query, summed over a group    (selection)
+    2. score    Quest's bound on q.k for each page, newest query, summed over a KV head's queries (selection)
     3. select   the top pages of each KV head, and when each was last loaded                      (exposure mask A)
     4. attend   one read of those pages serves all rows: the newest sees all of them,
                 a past row only what it has never seen                                            (supplementary output)
@@ -20,14 +20,15 @@ changes a row's input to every layer above: only a new pass through all of them 
 
 `last_loaded` is the paper's exposure mask A, stored as a time: for each KV head and page, the position t of the step that last
 loaded the page. It answers which rows have seen a page. The row at position p took part in every step from p on, and saw each
-page that those steps loaded. So at step t it has seen a page exactly if some load lies in p .. t-1, that is, if the latest load
-does: the page is new to the row exactly if last_loaded < p. One number per page serves all rows. This needs t to rise by
-exactly one from step to step.
+page that those steps loaded. So at step t it has seen a page exactly if some load lies in p .. t-1. The latest load is at most
+t-1 until `select` records this step's, so that means last_loaded >= p: the page is new to the row exactly if last_loaded < p.
+One number per page serves all rows. This needs t to rise by exactly one from step to step.
 
-Shapes: B batch, W window rows (newest last), P pages, ps page size, S selected pages, n_head query heads, n_kv_head KV heads,
-G = n_head / n_kv_head, hs head size. `t` is the position of the newest row, a 0-dim int64 tensor on the cache's device (an
-int in `store`, the methods of `RetroConfig`, and `Step`); row w stands at position p = t-W+1+w; j is the position of a key.
-Rows before the start of the text (negative positions) write nothing and see nothing, and their output is zero.
+Shapes: B batch, W window rows (newest last), P pages that the cache has room for (the first t // ps + 1 are *held*: they
+have tokens), ps page size, S selected pages, n_head query heads, n_kv_head KV heads, G = n_head / n_kv_head, hs head size.
+`t` is the position of the newest row, a 0-dim int64 tensor on the cache's device (an int in `store`, `forget`, `Step` and the
+methods of `RetroConfig`); row w stands at position p = t-W+1+w; j is the position of a key. Rows before the start of the text
+(negative positions) write nothing and see nothing, and their output is zero.
 """
 
 import functools
@@ -57,7 +58,7 @@ class RetroConfig:
     min_tokens: int = 256  # ... but no fewer than this many tokens' worth
     window: int = 2  # rows a step carries, the new one included: the paper's w; 1 is Quest
     dense_layers: int = 2  # the first layers attend densely, as in Quest: their attention is spread too widely for a selection
-    impl: str = "auto"  # "torch", "triton", or "auto": Triton on a GPU (and a shape that it can do), PyTorch elsewhere
+    impl: str = "auto"  # "torch", "triton", or "auto": Triton on a GPU where the kernels support the shape, else PyTorch
 
     def __post_init__(self):
         limits = {"page_size": (1, 1024), "min_tokens": (1, 2**31 - 1), "window": (1, 256), "dense_layers": (0, 2**31 - 1)}
@@ -89,18 +90,17 @@ class RetroConfig:
         return max(0, t - self.window + 1) // self.page_size
 
     def pages_selected(self, t: int) -> int:
-        """Pages that a KV head loads at position t: the budget or the floor, whichever is more, and on top the window's older
-        pages, so that they take no page's place; but never more than are held."""
+        """Pages that a KV head loads at position t: by `budget` or `min_tokens`, whichever is more, and on top the window's
+        older pages, so that they displace no other page; but never more than are held."""
         held = t // self.page_size + 1
         share, whole = self.budget_ratio
         older = t // self.page_size - self.first_window_page(t)  # of the window's pages
         return min(held, max(self.min_pages, -(-share * held // whole)) + older)
 
     def kv_tokens(self, t: int) -> tuple[int, int, int]:
-        """What a layer holds after position t, what a sparse step at t loads of it, and what its choice of pages reads.
-
-        In tokens per KV head, a key and a value each; a page's bounds are as large as one token. A dense layer keeps and reads
-        `held`; a sparse layer keeps held + bounds and reads loaded + bounds.
+        """(held, loaded, bounds): what a layer holds after position t, what a sparse step at t loads of it, and what its choice
+        of pages reads, in tokens per KV head, a key and a value each. A page's bounds are as large as one token. A dense layer
+        keeps and reads `held`; a sparse layer keeps held + bounds and reads loaded + bounds.
         """
         pages = t // self.page_size + 1
         return pages * self.page_size, self.pages_selected(t) * self.page_size, pages
@@ -117,8 +117,7 @@ class RetroConfig:
 class LayerCache:
     """All that one layer remembers. A dense layer has no bounds, no exposure mask and no output cache: None.
 
-    Position j is place j % ps of page j // ps: pages are a view, and flatten(2, 3) is the cache by position. There is no table
-    of pages.
+    Position j is place j % ps of page j // ps. Pages lie one after the other, so flatten(2, 3) is the cache by position.
     """
 
     config: RetroConfig
@@ -174,8 +173,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Rotates q (B, W, n_head, hs) and k (B, W, n_kv_head, hs), each row at its own position, and puts k and v, of one shape,
-    into the cache. cos, sin (max_seq_len, hs / 2).
+    """Rotates q (B, W, n_head, hs) and k (B, W, n_kv_head, hs), each row at its own position, and puts k and v (both
+    (B, W, n_kv_head, hs)) into the cache. cos, sin (max_seq_len, hs / 2).
 
     The newest row is appended. The past rows overwrite what the step before wrote (the paper's propagation): same token, same
     position, better hidden state. Returns the rotated q.
@@ -322,7 +321,7 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
     if cache.out is None:
         return merge(o, lse)[0].to(cache.k.dtype)
     slots = row_positions(t, o.shape[2]) % o.shape[2]  # (W,)
-    # Pop: the row of t-W has left the window, its slot is the newest row's. Zero the output, too: 0 times inf is NaN.
+    # Pop: the row of t-W has left the window; the newest row takes its slot. Zero the output, too: 0 times inf is NaN.
     cache.lse[:, slots[-1]], cache.out[:, slots[-1]] = -torch.inf, 0
     o, lse = merge(torch.cat((o, cache.out[None, :, slots])), torch.cat((lse, cache.lse[None, :, slots])))
     cache.out[:, slots], cache.lse[:, slots] = o, lse  # update the past rows, push the newest
@@ -391,7 +390,7 @@ class RetroAttention:
         self.ops.combine(*self.ops.attend(q, cache, None, None, t), cache, t)
 
     def forget(self, t: int) -> None:
-        """Whatever rows have seen is forgotten; pages count as loaded at position t."""
+        """Forgets the rows' outputs; every page held at position t counts as loaded at t."""
         if not self.dense:
             self.cache.last_loaded.fill_(-1)
             self.cache.last_loaded[:, :, : t // self.cache.config.page_size + 1] = t
@@ -417,7 +416,7 @@ class RetroAttention:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Beside attention: what a layer computes between its products
+# Beside attention: what a layer computes between its matrix products
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -673,7 +673,9 @@ def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget):
     assert (error <= 2e-6 * sizes.sum(-1)).all(), "score"
 
     scores[:, :, held:] = torch.nan
-    wanted_pages, wanted_last_loaded = retro_attention.select(scores[:, :, :held].clone(), twin, position)
+    given = scores[:, :, :held].clone()
+    wanted_pages, wanted_last_loaded = retro_attention.select(given, twin, position)
+    assert torch.equal(given, scores[:, :, :held]), "select changed its argument"
     pages, last_loaded = kernels.select(scores, cache, position)
     assert torch.equal(pages[:, :, :S], wanted_pages) and torch.equal(last_loaded[:, :, :S], wanted_last_loaded), "select"
     assert torch.equal(cache.last_loaded, twin.last_loaded) and torch.equal(cache.totals, twin.totals), "select: tables"
@@ -963,8 +965,10 @@ def test_logits_that_are_not_finite_are_said():
     decoder = Decoder(model, 2, SPARSE)
     decoder.prefill(prompt)
     for temperature in (0, 1):  # drawn from, nothing fails before it is asked
-        sample_token(decoder.only_finite(decoder.step(torch.full((2,), bad))), temperature, None, None, None)
+        sample_token(decoder.step(torch.full((2,), bad)), temperature, None, None, None)
     refused(decoder.check_finite, "logits are not finite")
+    decoder.rewind(19)
+    decoder.check_finite()
 
 
 def test_moving_and_casting_are_pytorch_s():
@@ -1643,6 +1647,14 @@ def test_answers_are_matched_by_their_number():
     )
     assert bench.read_answers(text) == {2: 1007.5, 1: 13, 12: -5, 4: 0}
     assert bench.read_answers("The answer is 3.") == {}
+
+
+def test_longgen_numbers_the_questions_on():
+    """As published: in a first version the asked questions began at 1 again, and a model answered the examples once more."""
+    pairs = [{"question": f"q{i}?", "work": f"w{i}.", "result": float(i)} for i in range(5)]
+    prompt = bench.longgen_prompt(pairs[:3], pairs[3:])
+    assert re.findall(r"Question_(\d): (q\d)", prompt) == [(str(i + 1), f"q{i}") for i in range(5)]
+    assert re.findall(r"Answer_(\d): w(\d)\. The answer is (\d)\.", prompt) == [(str(i + 1), str(i), str(i)) for i in range(3)]
 
 
 def test_longgen_counts_what_is_right(capsys, monkeypatch, tmp_path):
