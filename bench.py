@@ -40,19 +40,11 @@ import retro_attention
 import tiny.train
 from model import Decoder, Llama, LlamaConfig, Tokenizer
 from retro_attention import (
-    LayerCache,
-    RetroConfig,
-    always_loaded,
-    apply_rope,
-    attend,
-    combine,
-    need,
-    score,
-    select,
-    store,
-    write,
-)
-from sample import Parser, add_method_options, choose_device, exit_code, exposure_of, load, read_text, retro_config
+    LayerCache, RetroConfig, always_loaded, apply_rope, attend, combine, need, score, select, store, write,
+)  # fmt: skip
+from sample import (
+    Parser, add_method_options, choose_device, choose_threads, exit_code, exposure_of, load, read_text, retro_config,
+)  # fmt: skip
 
 TASKS = {name: tiny.train.TASKS[name] for name in ("ledger", "chain")}
 START = time.time()
@@ -631,6 +623,7 @@ def microseconds(layers: list[Callable]) -> float:
 def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
     """Shape, dtype and what memory can do, in bytes per second: of a copy, read and written, and of two plain reads (not as
     a graph, in which a copy is slower). The first line of the output says them."""
+    choose_threads(SHAPES[args.shape], args.device)
     gpu, rates = args.device == "cuda", {}
     x = torch.ones(2**30 if gpu else 2**26, device=args.device)
     y = torch.empty_like(x)

@@ -65,6 +65,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def parameters(config: LlamaConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config).parameters())
+
+
+def choose_threads(config: LlamaConfig, device: str):
+    """One on a CPU for a small model, unless the user has set their number: threads wait for each other in products too small
+    to share. On two cores a second one gains nothing below 300 M parameters; beside another busy process it makes a step of a
+    model of 16 M to 135 M parameters two to three times as long."""
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ and parameters(config) < 100_000_000:
+        torch.set_num_threads(1)
+
+
 def retro_config(args: argparse.Namespace, window: int) -> RetroConfig:
     names = ("page_size", "budget", "min_tokens", "dense_layers", "impl")
     return RetroConfig(window=window, **{name: getattr(args, name) for name in names})
@@ -79,6 +92,7 @@ def load(args: argparse.Namespace) -> tuple[LlamaConfig, Tokenizer, torch.device
         args.dense_layers <= config.n_layer,
         f"dense_layers must be between 0 and the model's {config.n_layer} layers, not {args.dense_layers}",
     )
+    choose_threads(config, device.type)
     return config, tok, device, dtype
 
 
@@ -187,14 +201,12 @@ def size(nbytes: float) -> str:
 
 def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, device: torch.device, dtype: torch.dtype) -> str:
     """A line on what the weights and the caches of B texts of `length` tokens take. ValueError if the device has less."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Llama(config).parameters())
-    sparse, (held, _, bounds) = config.n_layer - retro.dense_layers, retro.kv_tokens(length - 1)
+    n, sparse, (held, _, bounds) = parameters(config), config.n_layer - retro.dense_layers, retro.kv_tokens(length - 1)
     token = 2 * B * config.n_kv_head * config.head_size * dtype.itemsize  # a key and a value in one layer
-    weights, kv, bounds = parameters * dtype.itemsize, config.n_layer * held * token, sparse * bounds * token
+    weights, kv, bounds = n * dtype.itemsize, config.n_layer * held * token, sparse * bounds * token
     outputs = sparse * B * retro.window * config.n_head * (config.head_size + 1) * 4
     line = (
-        f"{parameters / 1e6:.1f} M parameters in {str(dtype).removeprefix('torch.')}, {size(weights)}; "
+        f"{n / 1e6:.1f} M parameters in {str(dtype).removeprefix('torch.')}, {size(weights)}; "
         f"for {B} x {length} tokens {size(kv)} of KV, {size(bounds)} of page bounds, {size(outputs)} of output cache"
     )
     if device.type == "cuda":

@@ -1899,6 +1899,17 @@ def test_what_does_not_fit_is_said_before_loading(capsys, monkeypatch, unloaded)
     assert line(1) == line(1024).replace("1024 tokens", "1 tokens")  # a page takes its room, however little is in it
 
 
+def test_a_small_model_takes_one_thread_unless_the_user_says_otherwise(capsys, monkeypatch):
+    """Guards against threads that wait for each other, and against a user's own setting that is overridden."""
+    for said, wanted in (("2", []), (None, [1])):
+        found = []
+        monkeypatch.setattr(torch, "set_num_threads", found.append)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2") if said else monkeypatch.delenv("OMP_NUM_THREADS")
+        assert command(capsys)[0] == 0 and found == wanted
+    sample.choose_threads(bench.SHAPES["1b"], "cpu")
+    assert found == [1]
+
+
 @pytest.mark.parametrize("said", ["CUDA out of memory.", "can't allocate memory: x", "not enough memory: x"])
 def test_only_what_is_out_of_memory_is_called_so(capsys, monkeypatch, said):
     """Guards against a broken kernel, an "illegal memory access", taken for a text that is too long."""
