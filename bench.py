@@ -37,13 +37,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 import retro_attention
+import sample
 import tiny.train
 from model import Decoder, Llama, LlamaConfig, Tokenizer
 from retro_attention import (
-    LayerCache, RetroConfig, always_loaded, apply_rope, attend, combine, need, score, select, store, write,
-)  # fmt: skip
-from sample import (
-    Parser, add_method_options, choose_device, choose_threads, exit_code, exposure_of, load, read_text, retro_config,
+    LayerCache,
+    RetroConfig,
+    always_loaded,
+    apply_rope,
+    attend,
+    combine,
+    need,
+    score,
+    select,
+    store,
+    write,
 )  # fmt: skip
 
 TASKS = {name: tiny.train.TASKS[name] for name in ("ledger", "chain")}
@@ -256,7 +264,7 @@ PARTS = 8  # of the decoded text and of an answer, to report on one by one
 
 def setup(args) -> tuple[RetroConfig, Llama, Tokenizer]:
     """What all measurements of quality need: the budget as a configuration of Quest, the model, its tokenizer."""
-    retro, (_, tok, device, dtype) = retro_config(args, window=1), load(args)
+    retro, (_, tok, device, dtype) = sample.retro_config(args, window=1), sample.load(args)
     return retro, Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype), tok
 
 
@@ -276,7 +284,7 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
         return model.generate(
             torch.tensor([start] * B, device=device), T - len(start), None, temperature=1, top_p=None, seed=args.seed
         )
-    ids, n = tok.encode(read_text(args.text, args.text)), T - len(start)
+    ids, n = tok.encode(sample.read_text(args.text, args.text)), T - len(start)
     need(len(ids) >= B * n, f"text {args.text} has {len(ids)} tokens: {B} passages of {n} need {B * n}")
     starts = [i * len(ids) // B for i in range(B)]
     return torch.tensor([start + ids[i : i + n] for i in starts], device=device)
@@ -471,7 +479,9 @@ def exposure(args) -> dict:
     exposures = {}  # paper, figure 2c
     for w in sorted({1, *args.windows}):
         progress(f"exposure: W={w}")
-        exposures[w] = exposure_of(walked(Decoder(model, len(idx), replace(retro, window=w), idx.shape[1]), idx, args.prefix))
+        exposures[w] = sample.exposure_of(
+            walked(Decoder(model, len(idx), replace(retro, window=w), idx.shape[1]), idx, args.prefix)
+        )
     title = "Pages wanted now that a past query had in its top-k or next-k (full attention)"
     rows = {f"{d} steps back": {"top-k": a, "next-k": b, "both": a + b} for d, (a, b) in overlaps.items()}
     table(title, rows, {"top-k": ".1%", "next-k": ".1%", "both": ".1%"})
@@ -493,7 +503,7 @@ NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 def read_questions(path: str, needed: int) -> list[dict]:
     """Questions, worked answers and results out of GSM8K's JSONL, where an answer ends in `#### number`."""
     pairs = []
-    for i, line in enumerate(read_text(path, path).rstrip("\n").split("\n"), 1):
+    for i, line in enumerate(sample.read_text(path, path).rstrip("\n").split("\n"), 1):
         try:
             pair = json.loads(line)
             # GSM8K marks what a calculator should do: <<48/2=24>>.
@@ -623,7 +633,7 @@ def microseconds(layers: list[Callable]) -> float:
 def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
     """Shape, dtype and what memory can do, in bytes per second: of a copy, read and written, and of two plain reads (not as
     a graph, in which a copy is slower). The first line of the output says them."""
-    choose_threads(SHAPES[args.shape], args.device)
+    sample.choose_threads(SHAPES[args.shape], args.device)
     gpu, rates = args.device == "cuda", {}
     x = torch.ones(2**30 if gpu else 2**26, device=args.device)
     y = torch.empty_like(x)
@@ -837,7 +847,7 @@ def decode(args) -> dict:
 def last_line(path: str, command: str) -> dict:
     """The record of a command whose output was saved: its last line."""
     try:
-        record = json.loads(read_text(path, path).rstrip().split("\n")[-1])
+        record = json.loads(sample.read_text(path, path).rstrip().split("\n")[-1])
         return {command: record}[record["command"]]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{path}: its last line is not the JSON of bench.py {command}") from None
@@ -910,7 +920,7 @@ def setting(text: str) -> Setting:
 
 def text_options(add: Callable, passages: int, least: int, length: int):
     # RetroAttention's own floor and dense layers would hide all in a small model; bfloat16 rounds by as much as is measured.
-    add_method_options(add, RetroConfig(min_tokens=32, dense_layers=0), dtype="float32")
+    sample.add_method_options(add, RetroConfig(min_tokens=32, dense_layers=0), dtype="float32")
     add("--windows", type=at_least(1), nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
     add("--text", default=None, help="file to cut passages from; without it they are sampled from the checkpoint")
     add("--seed", type=int, default=0, help="of the sampled texts and of the tasks' questions")
@@ -936,7 +946,7 @@ def exposure_options(add: Callable) -> dict:
 
 
 def longgen_options(add: Callable):
-    add_method_options(add, RetroConfig())
+    sample.add_method_options(add, RetroConfig())
     add("--windows", type=at_least(1), nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
     add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
     add("--out", required=True, help="JSONL of the answers to write, one line per prompt and method; must not exist yet")
@@ -977,7 +987,7 @@ def picture_options(add: Callable):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, quick = parser.add_subparsers(dest="command", required=True), {}
     options = (quality_options, exposure_options, longgen_options, kernels_options, decode_options, picture_options)
     for run, add_options in zip((quality, exposure, longgen, kernels, decode, picture), options, strict=True):
@@ -1000,7 +1010,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> int:
     """Runs the command and prints its results, with what they depend on, as the last line."""
     results = args.run(args)
-    device = choose_device(getattr(args, "device", "cpu"))
+    device = sample.choose_device(getattr(args, "device", "cpu"))
     packages = {d.name: d.version for d in distributions() if d.name in ("torch", "triton", "numpy", "matplotlib")}
     record = {
         "command": args.command,
@@ -1016,7 +1026,7 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench.py", lambda: measure(parse_args(argv)))
+    return sample.exit_code("bench.py", lambda: measure(parse_args(argv)))
 
 
 if __name__ == "__main__":
