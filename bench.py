@@ -196,7 +196,8 @@ class SelectionReuse(Neighbour):
     def decode(self, q, k, v, cos, sin, t):
         q, config = write(q, k, v, cos, sin, self.cache, t), self.cache.config
         if (int(t) - self.prompt_len) % 2 == 0:
-            self.scores = always_loaded(score(q, self.cache, t), config, t)  # (B, n_kv_head, pages held)
+            # Of the pages always loaded then, none may come before one that is always loaded at the next step: no infinity.
+            self.scores = always_loaded(score(q, self.cache, t), config, t).clamp(max=1e30)  # (B, n_kv_head, pages held)
         held = int(t) // config.page_size + 1
         self.scores = pad(self.scores, (0, held - self.scores.shape[2]))  # a page begun since
         return combine(*attend(q, self.cache, *select(self.scores, self.cache, t), t), self.cache, t)

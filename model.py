@@ -272,7 +272,7 @@ class Decoder:
 
     `prefill` a prompt, then `step` with each next token; both return the logits of the token that follows. Without a prompt the
     first step is the text's first token. The model's weights must stay where they are while a decoder lives; their GPU becomes
-    the current one and must stay so. Logits that are not finite come back as 0, and `check_finite` raises.
+    the current one and must stay so. After logits that were not finite `check_finite` raises.
     """
 
     def __init__(
@@ -306,7 +306,7 @@ class Decoder:
         self.graph, self.compiled = None, False
         self.token = torch.zeros(batch_size, dtype=torch.long, device=weight.device)  # (B,) the newest token
         self.newest_logits = None  # (B, vocab)
-        self.finite = torch.ones((), dtype=torch.bool, device=weight.device)  # so were all logits since the prompt
+        self.poison = torch.zeros((), device=weight.device)  # 0 while all logits since the prompt were finite, then NaN
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
@@ -318,8 +318,8 @@ class Decoder:
         self.tokens[:, :T] = idx
         self.t.fill_(T - 1)
         self.position = T - 1
-        self.finite.fill_(True)
-        logits = self.finite_logits(self.model.hidden(idx, *self.rope, self.layers))
+        self.poison.zero_()
+        logits = self._logits(self.model.hidden(idx, *self.rope, self.layers))
         self.check_finite()
         return logits
 
@@ -351,7 +351,7 @@ class Decoder:
         self.tokens.index_copy_(1, self.t.view(1), self.token[:, None])
         # The past rows start from their token ids again. Before the text starts there are none: any id will do.
         rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,)
-        return self.finite_logits(self.model.hidden(self.tokens[:, rows], *self.rope, self.layers, self.t))
+        return self._logits(self.model.hidden(self.tokens[:, rows], *self.rope, self.layers, self.t))
 
     @torch.inference_mode()
     def rewind(self, t: int) -> None:
@@ -365,7 +365,7 @@ class Decoder:
         need(0 <= t <= self.position, f"t must be between 0 and {self.position}, the newest position, not {t}")
         self.position = t
         self.t.fill_(t)
-        self.finite.fill_(True)
+        self.poison.zero_()
         for layer in self.layers:
             layer.forget(t)
         if self.retro.window > 1:
@@ -375,18 +375,17 @@ class Decoder:
             rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,)
             self.model.hidden(self.tokens[:, rows], *self.rope, twins, self.t)
 
-    def finite_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, T, dim) -> (B, vocab) of the newest row. Where they are not finite, `check_finite` says so later, as a step
-        must not wait for the device; until then they are 0, from which a token can be drawn."""
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, T, dim) -> (B, vocab) of the newest row. A step must not wait for the device: whether they are finite is left
+        for `check_finite`."""
         logits = self.model.logits(x[:, -1])
-        finite = logits.isfinite()
-        self.finite &= finite.all()
-        return logits.where(finite, 0)
+        self.poison.add_(logits.sum(dtype=torch.float32), alpha=0)  # 0 times inf or NaN is NaN
+        return logits
 
     def check_finite(self) -> None:
         """ValueError if logits were not finite since the prompt: what was made of them means nothing."""
         kind = self.model.norm.weight.dtype
-        need(self.finite, f"the model's logits are not finite: its weights are broken, or too large for {kind}")
+        need(self.poison == 0, f"the model's logits are not finite: its weights are broken, or too large for {kind}")
 
     def stream(
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 0.8,
@@ -434,7 +433,10 @@ def sample_token(logits, temperature, top_k, top_p, generator) -> torch.Tensor:
     """(B, vocab) logits -> (B,) ids; temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs, ids = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)  # (B, vocab), likeliest first
+    # A NaN would end a draw on a GPU with no word; that there was one is said by `Decoder.check_finite`.
+    probs, ids = (
+        (logits.float().nan_to_num(0, 0, 0) / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    )  # (B, vocab), likeliest first
     if top_k is not None:
         probs[:, top_k:] = 0
     if top_p is not None:

@@ -1388,11 +1388,11 @@ def test_without_transformers_a_hugging_face_folder_says_what_to_install(tmp_pat
 BENCH = replace(SPARSE, window=1, dense_layers=0)
 
 
-def neighbour(name, prompt_len=45, T=110):
+def neighbour(name, prompt_len=45, T=110, retro=BENCH):
     """Yields (t, output (B, n_head, hs)) of one layer of a neighbour, and what goes in: q, k, v before rotation."""
     q, k, v = random_qkv(T=T)
     config = random_model().config
-    layer = bench.LAYERS[name](new_layer(BENCH, q, k).cache)
+    layer = bench.LAYERS[name](new_layer(retro, q, k).cache)
     cos, sin = rope_table(config, config.max_seq_len, "cpu", torch.float64)
     layer.cache.k.fill_(math.nan), layer.cache.v.fill_(math.nan)
     layer.prefill(*(apply_rope(x[:, :prompt_len], cos[:prompt_len], sin[:prompt_len]) for x in (q, k)), v[:, :prompt_len])
@@ -1468,12 +1468,13 @@ def test_refreshkv_alternates_all_tokens_and_the_best_of_the_last_time(monkeypat
         check_output(o, q, k, v, t, lambda b, h: kept[b, h])
 
 
-def test_selection_reuse_chooses_at_every_second_step():
+@pytest.mark.parametrize("retro", [BENCH, replace(BENCH, min_tokens=1, budget=0.01)], ids=["", "one page"])
+def test_selection_reuse_chooses_at_every_second_step(retro):
     """In between, the pages of the step before: with a page begun since in front, and the order of that time for the rest."""
-    steps, _, _, v, q, k = neighbour("selection reuse")
+    steps, _, _, v, q, k = neighbour("selection reuse", retro=retro)
     ranked, kept = {}, {}
     for t, o in steps:
-        count, held, window = pages_to_load(BENCH, t)
+        count, held, window = pages_to_load(retro, t)
         for b, h in np.ndindex(2, 2):
             if (t - 45) % 2 == 0:
                 bounds = quest_bounds(q[b, t, h * 3 : h * 3 + 3], k[b, :, h], t)
@@ -2162,6 +2163,7 @@ def test_names_in_the_documentation_exist():
         assert all(hasattr(kernels, s) and hasattr(kernels, f"{s}_kernel") for s in steps)
     assert "RetroAttention.decode" in readme
     for path, text in pages():
+        assert not set(re.findall(r"`(test_\w+)`", text)) - globals().keys(), path
         for owner, name in re.findall(r"\b(\w+)\.(?!py\b)(\w+)", text):
             assert owner not in known or hasattr(known[owner], name), f"{path}: {owner}.{name}"
         for link in re.findall(r"\]\(([\w./-]+)\)", text):
