@@ -123,13 +123,13 @@ class LayerCache:
     config: RetroConfig
     k: torch.Tensor  # (B, n_kv_head, P, ps, hs) rotated keys: one head's pages lie together
     v: torch.Tensor  # (B, n_kv_head, P, ps, hs)
-    k_min: torch.Tensor | None  # (B, n_kv_head, P, hs) element-wise minimum of a page's keys
-    k_max: torch.Tensor | None  # (B, n_kv_head, P, hs)
-    last_loaded: torch.Tensor | None  # (B, n_kv_head, P) int32: exposure mask A; -1: never loaded
+    k_min: torch.Tensor | None = None  # (B, n_kv_head, P, hs) element-wise minimum of a page's keys
+    k_max: torch.Tensor | None = None  # (B, n_kv_head, P, hs)
+    last_loaded: torch.Tensor | None = None  # (B, n_kv_head, P) int32: exposure mask A; -1: never loaded
     # The output cache, in the dtype that `accumulator` names: the row of position p has slot p % W.
-    out: torch.Tensor | None  # (B, W, n_head, hs) outputs of the window's rows
-    lse: torch.Tensor | None  # (B, W, n_head) natural-log sum of exp over the keys that a row has seen, -inf for none
-    totals: torch.Tensor | None  # (B, n_kv_head, 2) int64, since the start: pages loaded; past rows' first sights of a page
+    out: torch.Tensor | None = None  # (B, W, n_head, hs) outputs of the window's rows
+    lse: torch.Tensor | None = None  # (B, W, n_head) natural-log sum of exp over the keys that a row has seen, -inf for none
+    totals: torch.Tensor | None = None  # (B, n_kv_head, 2) int64: pages loaded, past rows' first sights of a page
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -143,7 +143,7 @@ def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_se
     like = {"device": device, "dtype": dtype}
     kv = [torch.empty(B, n_kv_head, P, config.page_size, hs, **like) for _ in range(2)]
     if dense:
-        return LayerCache(config, *kv, None, None, None, None, None, None)
+        return LayerCache(config, *kv)
     return LayerCache(
         config,
         *kv,

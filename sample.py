@@ -23,6 +23,7 @@ from retro_attention import RetroConfig, Step, need
 # ----------------------------------------------------------------------------------------------------------------------
 # Shared with bench.py: options, loading, errors
 
+TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_method_options(add: Callable, retro: RetroConfig, dtype: str = "auto"):
     """What a model and a RetroConfig are made of, but the window; the defaults are those of `retro`."""
-    add("--checkpoint", default=Path(__file__).resolve().parent / "tiny", help="folder in Meta's format or Hugging Face's")
+    add("--checkpoint", default=TINY, help="folder in Meta's format or Hugging Face's")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto is a GPU if there is one")
     add("--dtype", choices=["auto", *DTYPES], default=dtype, help="auto is bfloat16 on a GPU, float32 elsewhere")
     add("--budget", type=float, default=retro.budget, help="share of the KV pages that a step loads")
@@ -455,6 +456,8 @@ def run(args: argparse.Namespace) -> int:
     idx = torch.tensor([ids] * args.num_samples, device=device)  # (B, T)
     stream = decoder.stream(idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens)
     print(memory, file=sys.stderr)
+    if args.chat and Path(args.checkpoint).resolve() == TINY:
+        print("tiny/ is no instruct model: --chat means nothing to it", file=sys.stderr)
     trace = target and Trace(decoder, tok, len(ids), length - len(ids), *target)
     if trace:
         print("\n".join(trace.legend()), file=sys.stderr)
