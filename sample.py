@@ -457,7 +457,7 @@ def run(args: argparse.Namespace) -> int:
     stream = decoder.stream(idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens)
     print(memory, file=sys.stderr)
     if args.chat and Path(args.checkpoint).resolve() == TINY:
-        print("tiny/ is no instruct model: --chat means nothing to it", file=sys.stderr)
+        print("tiny/ is not an instruct model: --chat means nothing to it", file=sys.stderr)
     trace = target and Trace(decoder, tok, len(ids), length - len(ids), *target)
     if trace:
         print("\n".join(trace.legend()), file=sys.stderr)

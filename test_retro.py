@@ -1871,7 +1871,7 @@ def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"It was a dark night")))
     assert command(capsys, "--prompt -")[1] == wanted
     _, text, report = command(capsys, "--chat")
-    assert not text.startswith("It was") and "tiny/ is no instruct model" in report
+    assert not text.startswith("It was") and "tiny/ is not an instruct model" in report
     code, text, report = command(capsys, "", "--prompt", "")
     assert code == 0 and text and "prompt of 1 tokens" in report
     monkeypatch.setattr(Tokenizer, "encode", lambda *args, **options: [])  # as Qwen's, which has no begin-of-text
