@@ -1870,6 +1870,12 @@ def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
     assert command(capsys, "--max-new-tokens 16", "--prompt", "FILE:~/prompt")[1] == wanted
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"It was a dark night")))
     assert command(capsys, "--prompt -")[1] == wanted
+    # One default for one thing: the same text from Python.
+    model, tok = Llama.from_checkpoint(TINY), Tokenizer.from_checkpoint(TINY)
+    idx = torch.tensor([tok.encode("It was a dark night", bos=True)])
+    retro = RetroConfig(page_size=8, min_tokens=16, dense_layers=0)
+    assert tok.decode(model.generate(idx, 16, retro, seed=1337)[0, 1:].tolist()) + "\n" == wanted
+    assert Decoder(model, 1).retro == RetroConfig()
     _, text, report = command(capsys, "--chat")
     assert not text.startswith("It was") and "tiny/ is not an instruct model" in report
     code, text, report = command(capsys, "", "--prompt", "")
