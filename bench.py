@@ -22,6 +22,7 @@ import math
 import platform
 import random
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -901,6 +902,13 @@ def at_least(least: int) -> Callable:
     return integer
 
 
+class Values(list):
+    """A default that --help shows as it is typed."""
+
+    def __str__(self):
+        return shlex.join(map(str, self))
+
+
 class Setting(NamedTuple):
     context: int
     batch: int
@@ -922,7 +930,7 @@ def setting(text: str) -> Setting:
 def text_options(add: Callable, passages: int, least: int, length: int):
     # RetroAttention's own floor and dense layers would hide all in a small model; bfloat16 rounds by as much as is measured.
     sample.add_method_options(add, RetroConfig(min_tokens=32, dense_layers=0), dtype="float32")
-    add("--windows", type=at_least(1), nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
+    add("--windows", type=at_least(1), nargs="+", default=Values([2, 4, 8]), help="RetroAttention's windows to measure")
     add("--text", default=None, help="file to cut passages from; without it they are sampled from the checkpoint")
     add("--seed", type=int, default=0, help="of the sampled texts and of the tasks' questions")
     add("--passages", type=at_least(least), default=passages, help="passages, as one batch")
@@ -932,9 +940,9 @@ def text_options(add: Callable, passages: int, least: int, length: int):
 
 def quality_options(add: Callable) -> dict:
     text_options(add, passages=24, least=2, length=384)
-    add("--tasks", choices=list(TASKS), nargs="*", default=list(TASKS), help="of tiny/train.py; none leaves the tasks out")
+    add("--tasks", choices=list(TASKS), nargs="*", default=Values(TASKS), help="of tiny/train.py; none leaves the tasks out")
     add("--decoded", type=at_least(0), default=0, help="the last tokens of the prompt to decode one by one: not prefilled")
-    add("--neighbours", choices=NEIGHBOURS, nargs="*", default=NEIGHBOURS, help="to compare with; none leaves them out")
+    add("--neighbours", choices=NEIGHBOURS, nargs="*", default=Values(NEIGHBOURS), help="to compare with; none leaves them out")
     add("--questions", type=at_least(2), default=24, help="questions of each task")
     add("--entries", type=at_least(1), default=32, help="lines to remember in each question")
     return {"passages": 8, "prefix": 1024, "length": 96, "questions": 8, "entries": 12}
@@ -948,10 +956,10 @@ def exposure_options(add: Callable) -> dict:
 
 def longgen_options(add: Callable):
     sample.add_method_options(add, RetroConfig())
-    add("--windows", type=at_least(1), nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
+    add("--windows", type=at_least(1), nargs="+", default=Values([2, 4, 8]), help="RetroAttention's windows to measure")
     add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
     add("--out", required=True, help="JSONL of the answers to write, one line per prompt and method; must not exist yet")
-    add("--n", type=at_least(1), nargs="+", default=[15, 30, 45], help="questions per prompt")
+    add("--n", type=at_least(1), nargs="+", default=Values([15, 30, 45]), help="questions per prompt")
     add("--prompts", type=at_least(1), default=10, help="prompts of each n")
     add("--examples", type=at_least(1), default=8, help="worked examples in front, the first questions of the file")
     add("--answer_tokens", type=at_least(1), default=256, help="tokens to generate at most per question")
@@ -963,14 +971,14 @@ def speed_options(add: Callable, settings: list[Setting], windows: list[int]) ->
     gpu = torch.cuda.is_available()
     settings = settings if gpu else [Setting(1024, 1), Setting(4096, 1)]
     add("--shape", choices=list(SHAPES) if gpu else ["tiny"], default="8b" if gpu else "tiny", help="a Llama's, or tiny/'s")
-    add("--settings", type=setting, nargs="+", default=settings, help="context x batch, as 32768x8")
-    add("--windows", type=at_least(1), nargs="+", default=windows, help="W to measure; 1 is Quest")
-    return {"settings": [Setting(32_768, 1), Setting(32_768, 8)] if gpu else [Setting(1024, 1)]}
+    add("--settings", type=setting, nargs="+", default=Values(settings), help="context x batch, as 32768x8")
+    add("--windows", type=at_least(1), nargs="+", default=Values(windows), help="W to measure; 1 is Quest")
+    return {"settings": Values([Setting(32_768, 1), Setting(32_768, 8)] if gpu else [Setting(1024, 1)])}
 
 
 def kernels_options(add: Callable) -> dict:
     settings = [Setting(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)]
-    return speed_options(add, settings, windows=[1, 2, 8]) | {"windows": [1, 2]}
+    return speed_options(add, settings, windows=[1, 2, 8]) | {"windows": Values([1, 2])}
 
 
 def decode_options(add: Callable) -> dict:

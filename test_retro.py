@@ -1800,6 +1800,9 @@ def test_quick_changes_what_is_not_given():
     usual, quick, both = (bench.parse_args(["quality", *x.split()]) for x in ("", "--quick", "--quick --passages 24"))
     assert (usual.passages, quick.passages, both.passages) == (24, 8, 24)
     assert usual.length > quick.length == both.length and bench.parse_args(["quality"]).passages == 24
+    for command, option in (("decode", "settings"), ("kernels", "windows"), ("quality", "neighbours"), ("quality", "tasks")):
+        default = getattr(bench.parse_args([command]), option)  # what --help shows can be typed
+        assert getattr(bench.parse_args([command, f"--{option}", *shlex.split(str(default))]), option) == default
 
 
 @pytest.mark.parametrize("args, message", [  # a row for each way that a value takes
