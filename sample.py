@@ -246,9 +246,9 @@ def trace_target(value: str, config: LlamaConfig, retro: RetroConfig) -> tuple[i
 def mark_pages(step: Step, head: int, row: int, page_size: int) -> list[str]:
     """A character for each page held: what this step's load of it means to the row at position `row` of the first text."""
     marks = [" " if first > row else "." for first in range(0, step.t + 1, page_size)]
-    for page, stamp in zip(step.pages[0, head].tolist(), step.last_loaded[0, head].tolist(), strict=True):
+    for page, loaded in zip(step.pages[0, head].tolist(), step.last_loaded[0, head].tolist(), strict=True):
         if marks[page] == ".":
-            marks[page] = "#" if row == step.t else "+" if stamp < row else "-"
+            marks[page] = "#" if row == step.t else "+" if loaded < row else "-"
     return marks
 
 

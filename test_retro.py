@@ -2085,7 +2085,7 @@ def test_pictures_of_a_long_context_fit_the_screen(capsys):
     assert [row[1] for row in rows] == ["t", *(f"t-{i}" for i in range(1, 8))]
     for back, row in enumerate(rows):
         marks = ["."] * 44  # 187 pages per character
-        new = [page for page, stamp in zip(pages[0, 1].tolist(), last_loaded[0, 1].tolist(), strict=True) if stamp < t - back]
+        new = [page for page, loaded in zip(pages[0, 1].tolist(), last_loaded[0, 1].tolist(), strict=True) if loaded < t - back]
         for page in pages[0, 1].tolist():
             mark = "#" if back == 0 else "+" if page in new else "-"
             marks[page // 187] = max(marks[page // 187], mark, key=".-+#".index)
