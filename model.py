@@ -188,9 +188,9 @@ class Llama(nn.Module):
         n is less where the context ends or every sequence has met a stop token; one that ended before the others is filled
         with the first of `stop_tokens`. Same seed, same text. ValueError names a value that is out of range.
         """
-        (B, T), most = check_ids(idx), self.config.max_seq_len - 1
-        need(1 <= T <= most, f"the prompt has {T} tokens: must be between 1 and {most}, one less than the context")
-        decoder = Decoder(self, B, retro, max_seq_len=min(T + max(1, max_new_tokens), most + 1))
+        (B, T), context = check_ids(idx), self.config.max_seq_len
+        check_prompt(T, context)
+        decoder = Decoder(self, B, retro, max_seq_len=min(T + max(1, max_new_tokens), context))
         new = list(decoder.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens))
         decoder.check_finite()
         return torch.cat([idx, torch.stack(new, dim=1)], dim=1)
@@ -263,6 +263,16 @@ def check_ids(idx: torch.Tensor) -> torch.Size:
     return idx.shape
 
 
+def check_prompt(T: int, context: int) -> None:
+    """ValueError unless a prompt of T tokens leaves room for one more."""
+    need(1 <= T < context, f"the prompt has {T} tokens: must be between 1 and {context - 1}, one less than the context")
+
+
+def check_dense_layers(n: int, config: LlamaConfig) -> None:
+    most = config.n_layer
+    need(n <= most, f"dense_layers must be between 0 and the model's {most} layers, not {n}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
 
@@ -284,10 +294,7 @@ class Decoder:
         need(1 <= n <= config.max_seq_len, f"max_seq_len must be between 1 and the context of {config.max_seq_len}, not {n}")
         if retro is None:
             retro = RetroConfig(window=1, dense_layers=config.n_layer)
-        need(
-            retro.dense_layers <= config.n_layer,
-            f"dense_layers must be between 0 and the model's {config.n_layer} layers, not {retro.dense_layers}",
-        )
+        check_dense_layers(retro.dense_layers, config)
         if weight.is_cuda:
             torch.cuda.set_device(weight.device)  # Triton launches on the current device
         self.model, self.retro, self.max_seq_len = model, retro, n
@@ -349,9 +356,12 @@ class Decoder:
         """Through Triton nothing in here waits for the device, and no shape depends on the position."""
         self.t += 1
         self.tokens.index_copy_(1, self.t.view(1), self.token[:, None])
-        # The past rows start from their token ids again. Before the text starts there are none: any id will do.
-        rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,)
-        return self._logits(self.model.hidden(self.tokens[:, rows], *self.rope, self.layers, self.t))
+        return self._logits(self._window(self.layers))
+
+    def _window(self, layers: Sequence[RetroAttention]) -> torch.Tensor:
+        """The rows that end at t through the layers, from their token ids again -> (B, W, dim)."""
+        rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,) before the text starts, any id will do
+        return self.model.hidden(self.tokens[:, rows], *self.rope, layers, self.t)
 
     @torch.inference_mode()
     def rewind(self, t: int) -> None:
@@ -372,8 +382,7 @@ class Decoder:
             twins = [copy.copy(layer) for layer in self.layers]  # the memory is shared
             for twin in twins:
                 twin.dense = True
-            rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,)
-            self.model.hidden(self.tokens[:, rows], *self.rope, twins, self.t)
+            self._window(twins)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, T, dim) -> (B, vocab) of the newest row. A step must not wait for the device: whether they are finite is left
@@ -392,8 +401,8 @@ class Decoder:
         top_k: int | None = None, top_p: float | None = 0.95, seed: int | None = None, stop_tokens: Sequence[int] = (),
     ) -> Iterator[torch.Tensor]:  # fmt: skip
         """An iterator over the (B,) next tokens; arguments and errors as in `Llama.generate`."""
-        (_, T), most = check_ids(idx), self.max_seq_len - 1
-        need(1 <= T <= most, f"the prompt has {T} tokens: must be between 1 and {most}, one less than the context")
+        _, T = check_ids(idx)
+        check_prompt(T, self.max_seq_len)
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         generator = torch.Generator(device=idx.device)
         if seed is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from model import Decoder, Llama, LlamaConfig, Tokenizer, check_sampling, read_checkpoint
+from model import Decoder, Llama, LlamaConfig, Tokenizer, check_dense_layers, check_prompt, check_sampling, read_checkpoint
 from retro_attention import RetroConfig, Step, need
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,10 +89,7 @@ def load(args: argparse.Namespace) -> tuple[LlamaConfig, Tokenizer, torch.device
     device = choose_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
     config, tok = read_checkpoint(args.checkpoint)[0], Tokenizer.from_checkpoint(args.checkpoint)
-    need(
-        args.dense_layers <= config.n_layer,
-        f"dense_layers must be between 0 and the model's {config.n_layer} layers, not {args.dense_layers}",
-    )
+    check_dense_layers(args.dense_layers, config)
     choose_threads(config, device.type)
     return config, tok, device, dtype
 
@@ -433,8 +430,7 @@ def prompt_ids(args: argparse.Namespace, config: LlamaConfig, tok: Tokenizer) ->
     ids = tok.chat(said) if args.chat else tok.encode(prompt, bos=True)
     need(ids, "prompt must not be empty: this tokenizer has no begin-of-text token to start from")
     need(max(ids) < config.vocab_size, f"prompt has token {max(ids)}: the model knows {config.vocab_size} tokens only")
-    most = config.max_seq_len - 1
-    need(len(ids) <= most, f"the prompt has {len(ids)} tokens: must be between 1 and {most}, one less than the context")
+    check_prompt(len(ids), config.max_seq_len)
     return "" if args.chat else prompt, ids
 
 

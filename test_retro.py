@@ -1250,7 +1250,8 @@ def test_a_hugging_face_folder_is_the_same_model(tmp_path, kind, shard, config):
     """Guards against a RoPE layout converted twice or not at all, a lost bias, and rows of joint products in a wrong order."""
     theirs, tokens = write_hugging_face(tmp_path, kind, shard, **config), random_tokens(2, 90)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 or shard == "30KB"
-    save_file = importlib.import_module("safetensors.torch").save_file
+    from safetensors.torch import save_file
+
     save_file({"model.norm.weight": torch.ones(48)}, tmp_path / "other.safetensors")  # nobody names it
     ours = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
     with torch.no_grad():
