@@ -44,6 +44,7 @@ from model import Decoder, Llama, LlamaConfig, Tokenizer
 from retro_attention import (
     LayerCache,
     RetroConfig,
+    Step,
     always_loaded,
     apply_rope,
     attend,
@@ -228,10 +229,59 @@ LAYERS = {"StreamingLLM": StreamingLLM, "TOVA": TOVA, "selection reuse": Selecti
 NEIGHBOURS = [*LAYERS, "ReSA"]
 
 
-def methods(retro: RetroConfig, windows: list[int], neighbours: Iterable[str] = ()) -> dict[str, RetroConfig | None]:
+# Ablations: RetroAttention with one of its steps replaced, to see what that step is worth; through the kernels as well.
+
+
+class Ablation:
+    """A layer's `ops`, of which a subclass replaces one step."""
+
+    def __init__(self, ops):
+        self.ops = ops
+
+    def __getattr__(self, name):
+        return getattr(self.ops, name)
+
+
+class NotLookingBack(Ablation):
+    """Nothing is new to a past row. So this is Quest on the very pages that W rows load, and what else W gains is not due to
+    the pages on top of the budget. (It is also RetroAttention that corrects outputs but overwrites no K and V: a correction
+    reaches the next token on no other way.)"""
+
+    def attend(self, q, cache, pages, last_loaded, t):
+        if pages is not None:  # not in prefill
+            last_loaded = torch.zeros_like(last_loaded) + (t - 1)
+        return self.ops.attend(q, cache, pages, last_loaded, t)
+
+
+class OneChoice(Ablation):
+    """A layer chooses pages once for all its KV heads, by the sum of their scores."""
+
+    def score(self, q, cache, t):
+        scores = self.ops.score(q, cache, t)  # (B, n_kv_head, P)
+        return scores.sum(dim=1, keepdim=True).expand_as(scores).contiguous()
+
+
+class FirstQuery(Ablation):
+    """A past row looks back with the query that it had as the newest row, and not with a fresh one."""
+
+    def attend(self, q, cache, pages, last_loaded, t):
+        if pages is None:  # prefill: the window starts with the prompt's last rows
+            self.q = q.clone()  # (B, W, n_head, hs)
+        else:
+            q = torch.cat((self.q[:, 1:], q[:, -1:]), dim=1)
+            self.q.copy_(q)
+        return self.ops.attend(q, cache, pages, last_loaded, t)
+
+
+ABLATIONS = {"not looking back": NotLookingBack, "one choice": OneChoice, "first query": FirstQuery}
+
+
+def methods(retro: RetroConfig, windows: list[int], neighbours: Iterable[str] = (), ablations: Iterable[str] = ()) -> dict:
     """Name -> configuration, None for full attention. Quest is RetroAttention with a window of 1, and nothing else."""
     quest = replace(retro, window=1)
-    out = {"full": None, "Quest": quest} | {f"Retro W={w}": replace(retro, window=w) for w in windows}
+    out = {"full": None, "Quest": quest}
+    for w in windows:
+        out |= dict.fromkeys([f"W={w}", *(f"W={w} {name}" for name in ablations)], replace(retro, window=w))
     # The neighbours read sets of tokens that the kernels do not know, or more rows at once than they can hold.
     return out | dict.fromkeys(neighbours, replace(quest, impl="torch"))
 
@@ -240,6 +290,10 @@ def new_decoder(name: str, retro: RetroConfig | None, model: Llama, B: int, leng
     decoder = (ReSA if name == "ReSA" else Decoder)(model, B, retro, length)
     if name in LAYERS:
         decoder.layers[retro.dense_layers :] = [LAYERS[name](layer.cache) for layer in decoder.layers[retro.dense_layers :]]
+    ablation = ABLATIONS.get(name.partition(" ")[2])
+    for layer in decoder.layers if ablation else ():
+        if not layer.dense:
+            layer.ops = ablation(layer.ops)
     return decoder
 
 
@@ -350,26 +404,39 @@ def lines_right(decoder, idx: torch.Tensor, decoded: int, answers: list[str], to
     return torch.nn.utils.rnn.pad_sequence(right, batch_first=True, padding_value=torch.nan)
 
 
+def paired(x: torch.Tensor, y: torch.Tensor) -> list[float]:
+    """The mean difference of two methods' values (B, L), and its standard error over passages."""
+    difference = (x - y).double().nanmean(dim=1)  # (B,)
+    return [difference.mean().item(), difference.std().item() / math.sqrt(len(difference))]
+
+
 def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], rows: dict[str, dict]) -> list[int]:
-    """Adds to each method's row what there is to say of its values (B, L), and prints it: their mean; the difference to Quest,
-    with a standard error over passages, each paired with itself; the means over parts of L, of which it returns the ends."""
+    """Adds to each method's row what there is to say of its values (B, L), and prints it: their mean, the difference to Quest,
+    and the means over parts of L, of which it returns the ends."""
     L, shown = values["Quest"].shape[1], {}
     ends = [0, *itertools.accumulate(len(part) for part in torch.arange(L).tensor_split(min(PARTS, L)))]
     spans = [f"{a + 1}-{b}" for a, b in itertools.pairwise(ends)]
     for method, x in values.items():
-        difference, mean = (x - values["Quest"]).double().nanmean(dim=1), x.nanmean().item()  # (B,)
-        to_quest = [difference.mean().item(), difference.std().item() / math.sqrt(len(difference))]
-        parts = [part.nanmean().item() for part in x.double().tensor_split(ends[1:-1], dim=1)]
-        rows[method] |= {name: mean, f"{name}_to_quest": to_quest, f"{name}_by_position": parts}
+        mean, to_quest = x.nanmean().item(), paired(x, values["Quest"])
+        split = [part.nanmean(dim=1) for part in x.double().tensor_split(ends[1:-1], dim=1)]  # (B,) each
+        parts, errors = [part.nanmean().item() for part in split], [part.std().item() / math.sqrt(len(part)) for part in split]
+        rows[method] |= {name: mean, f"{name}_to_quest": to_quest}
+        rows[method] |= {f"{name}_by_position": parts, f"{name}_errors": errors}
         shown[method] = {"KV read": rows[method]["kv_share"], "mean": mean} | dict(zip(spans, parts, strict=True))
         shown[method]["to Quest"] = f"{to_quest[0]:+{form}} ±{to_quest[1]:{form}}"
-    table(title, shown, {"KV read": ".1%", "mean": form, "to Quest": ""} | dict.fromkeys(spans, form))
+    heads = {"KV read": ".1%", "mean": form, "to Quest": ""} | dict.fromkeys(spans, form)
+    for method in values:  # the same pages without looking back
+        if (control := f"{method} not looking back") in values:
+            rows[method][f"{name}_to_control"] = difference, error = paired(values[method], values[control])
+            shown[method]["to control"] = f"{difference:+{form}} ±{error:{form}}"
+            heads["to control"] = ""
+    table(title, shown, heads)
     return ends
 
 
 def each_method(what: str, args, retro: RetroConfig, model: Llama, rows: dict[str, dict], B: int, T: int):
     """Yields each method's name and a fresh decoder; notes the share of KV bytes that it reads at positions prefix .. T-2."""
-    for name, config in methods(retro, args.windows, args.neighbours).items():
+    for name, config in methods(retro, args.windows, args.neighbours, args.ablations).items():
         progress(f"{what}: {name}")
         rows[name] = {"kv_share": kv_share(name, config, model.config.n_layer, range(args.prefix, T - 1))}
         yield name, new_decoder(name, config, model, B, T)
@@ -468,6 +535,22 @@ def page_overlaps(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> 
     return {d: torch.tensor(shares).mean(dim=0).tolist() for d, shares in by_layer.items()}
 
 
+def revised(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> dict[int, list[float]]:
+    """Sparse layer -> what a step changes of a past row, as in `sample.revisions`, with the largest window: means."""
+    w, means = max(args.windows), {}
+    progress(f"what a step revises: W={w}")
+    decoder = Decoder(model, len(idx), replace(retro, window=w), idx.shape[1])
+    for i, layer in enumerate(decoder.layers):
+        if not layer.dense:
+
+            def look(step: Step, seen=means.setdefault(i, [])):
+                seen.append([step.pages.shape[2], *sample.revisions(step, retro.page_size).mean(dim=(1, 2, 3)).tolist()])
+
+            layer.hook = look
+    walked(decoder, idx, args.prefix)
+    return {i: torch.tensor(seen).mean(dim=0).tolist() for i, seen in means.items()}
+
+
 def exposure(args) -> dict:
     """Which pages neighbouring queries want, and how many a query meets."""
     need(args.distance < args.length, f"distance must be between 1 and length - 1 = {args.length - 1}, not {args.distance}")
@@ -489,15 +572,19 @@ def exposure(args) -> dict:
     table(title, rows, {"top-k": ".1%", "next-k": ".1%", "both": ".1%"})
     title = "Pages a query meets in the end, in units of those selected for it"
     table(title, {f"W={w}": {"exposure": x} for w, x in exposures.items()}, {"exposure": ".3f"})
-    return {"overlap": overlaps, "effective_exposure": exposures}
+    revisions = revised(args, retro, model, idx)
+    forms = {"loaded": ".1f", "new": ".2f"} | dict.fromkeys(("mass", "output", "K", "V"), ".2%")
+    title = f"W={max(args.windows)}: pages new to a past row, their softmax mass, how far its output, K and V move in a step"
+    table(title, {f"layer {i}": dict(zip(forms, x, strict=True)) for i, x in revisions.items()}, forms)
+    return {"overlap": overlaps, "effective_exposure": exposures, "revised": revisions}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # longgen
 
 INSTRUCTION = (
-    "Answer all of the questions below, one after the other and step by step, in the form of the examples: begin each answer "
-    "with Answer_ and the number of its question, and end it with 'The answer is' and a number. Do not repeat the questions."
+    "Answer all of the questions, one after the other and step by step, in the form of the examples: begin each answer with "
+    "Answer_ and the number of its question, and end it with 'The answer is' and a number. Do not repeat the questions."
 )
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
@@ -514,80 +601,125 @@ def read_questions(path: str, needed: int) -> list[dict]:
             pairs.append({"question": pair["question"].strip(), "work": work.strip(), "result": result})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}: line {i} is not a question and an answer that ends in '#### number'") from None
-    need(len(pairs) >= needed, f"{path} has {len(pairs)} questions: examples + prompts * the largest n need {needed}")
+    need(len(pairs) >= needed, f"{path} has {len(pairs)} questions: {needed} are needed")
     return pairs
 
 
-def longgen_prompt(examples: list[dict], questions: list[dict]) -> str:
-    """Worked examples in the form of the answers wanted, then the questions, whose numbers go on from those of the examples."""
-    worked = [f"Answer_{i}: {p['work']} The answer is {p['result']:.12g}." for i, p in enumerate(examples, 1)]
+def conversation(examples: list[dict], questions: list[dict]) -> list[tuple[str, str]]:
+    """What the model is told. One question comes after the examples as earlier turns. Of several, LongGenBench's form: all
+    examples, then the questions, whose numbers go on from those of the examples."""
+    if len(questions) == 1:
+        turns = [(("user", p["question"]), ("assistant", solution(p))) for p in examples]
+        return [*itertools.chain(*turns), ("user", questions[0]["question"])]
     asked = [f"Question_{i}: {p['question']}" for i, p in enumerate(examples + questions, 1)]
+    worked = [f"Answer_{i}: {solution(p)}" for i, p in enumerate(examples, 1)]
     n = len(examples)
-    return "\n\n".join([INSTRUCTION, "Examples", *asked[:n], *worked, "Questions", *asked[n:], "Answers\n"])
+    text = "\n\n".join(["Examples", *asked[:n], *worked, "Questions", *asked[n:]])
+    return [("system", INSTRUCTION), ("user", text)]
 
 
-def read_answers(text: str) -> dict[int, float]:
-    """Number of the question -> result, wherever in the text the answer stands.
+def solution(pair: dict) -> str:
+    return f"{pair['work']} The answer is {pair['result']:.12g}."
+
+
+def read_answers(text: str) -> tuple[dict[int, float], list[float | None]]:
+    """The results in an answer to several questions, by their numbers wherever they stand, and one after the other.
 
     The result is the number after 'The answer is', else the last one before the next answer begins. Of several answers with
     the same number the first that holds a result counts: what follows may be another question of the model's own making.
     """
-    found = {}
+    by_number, in_order = {}, []
     pieces = re.split(r"Answer_(\d+)", text)
     for i, piece in zip(pieces[1::2], pieces[2::2], strict=True):
-        stated = re.search(rf"[Tt]he answer is[^\d\n]*?({NUMBER})", piece)
-        numbers = [stated[1]] if stated else re.findall(NUMBER, piece)
-        if numbers:
-            found.setdefault(int(i), float(numbers[-1].replace(",", "")))
-    return found
+        in_order.append(read_result(piece))
+        if in_order[-1] is not None:
+            by_number.setdefault(int(i), in_order[-1])
+    return by_number, in_order
 
 
-def longgen_prompts(args, model: Llama, tok: Tokenizer) -> Iterator[tuple[int, int, list[int], list[float]]]:
-    """Yields n, the number of the prompt, its ids, and the results of its n questions."""
-    pairs = read_questions(args.questions, args.examples + args.prompts * max(args.n))
-    examples, pairs = pairs[: args.examples], pairs[args.examples :]
-    for n, i in itertools.product(sorted(set(args.n)), range(args.prompts)):
+def read_result(text: str) -> float | None:
+    stated = re.search(rf"[Tt]he answer is[^\d\n]*?({NUMBER})", text)
+    numbers = [stated[1]] if stated else re.findall(NUMBER, text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def longgen_prompts(args, n: int, context: int, tok: Tokenizer) -> list[tuple[list[int], list[float]]]:
+    """The ids of each prompt, and the results of its n questions."""
+    examples, pairs, out = read_questions(args.examples, args.shots), read_questions(args.questions, args.prompts * n), []
+    for i in range(args.prompts):
         questions = pairs[i * n : (i + 1) * n]
-        prompt = longgen_prompt(examples, questions)
-        ids = tok.chat([("user", prompt)]) if args.chat else tok.encode(prompt, bos=True)
-        most = model.config.max_seq_len - args.answer_tokens * n
+        ids, most = tok.chat(conversation(examples[: args.shots], questions)), context - args.answer_tokens * n
         need(
             len(ids) <= most, f"n = {n}: the context leaves {most} tokens for a prompt of {len(ids)}: fewer n or answer_tokens"
         )
-        yield n, i, ids, [pair["result"] for pair in questions]
+        out.append((ids, [pair["result"] for pair in questions]))
+    return out
 
 
-def answer_prompt(config, args, model: Llama, tok: Tokenizer, ids: list[int], results: list[float]) -> dict:
-    """One generation, greedy, until the model stops or has made all its tokens; and what of it is right."""
-    prompt, most = torch.tensor([ids], device=model.norm.weight.device), args.answer_tokens * len(results)
-    decoder = Decoder(model, 1, config, len(ids) + most)
-    new = torch.cat(list(decoder.stream(prompt, most, temperature=0, stop_tokens=tok.stop_tokens))).tolist()
-    text = tok.decode([token for token in new if token not in tok.stop_tokens])
-    found = read_answers(text)
-    said = [found.get(i) for i in range(args.examples + 1, args.examples + len(results) + 1)]  # to the questions asked
+def answers(name: str, config, args, model: Llama, tok: Tokenizer, prompts: list[list[int]], most: int) -> Iterator[tuple]:
+    """Generates greedily until the model stops or has made `most` tokens. Yields the number of a prompt, its ids, the new ids.
+    Prompts of one length are answered side by side."""
+    by_length, longest = {}, max(map(len, prompts))
+    for i, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(i)
+    for same in by_length.values():
+        for batch in (same[i : i + args.batch] for i in range(0, len(same), args.batch)):
+            idx = torch.tensor([prompts[i] for i in batch], device=model.norm.weight.device)  # (B, T)
+            decoder = new_decoder(name, config, model, len(batch), longest + most)  # of one size: compiled once
+            new = torch.stack(list(decoder.stream(idx, most, temperature=0, stop_tokens=tok.stop_tokens)), dim=1)
+            for i, ids in zip(batch, new.tolist(), strict=True):
+                end = next((j for j, token in enumerate(ids) if token in tok.stop_tokens), len(ids))
+                yield i, prompts[i], ids[:end]
+
+
+def judge(text: str, first: int, results: list[float]) -> dict[str, list[bool]]:
+    """Which of the questions, whose numbers begin with `first`, have an answer, and the right one."""
+    if len(results) == 1:
+        by_number, in_order = {first: read_result(text)}, [read_result(text)]
+    else:
+        by_number, in_order = read_answers(text)
+    said = [by_number.get(first + i) for i in range(len(results))]
     right = [a == b for a, b in zip(said, results, strict=True)]
-    share = kv_share("", config, model.config.n_layer, range(len(ids), len(ids) + len(new) - 1))  # the prefill made the first
-    return {"right": right, "answered": [x is not None for x in said], "tokens": len(new), "kv_share": share, "text": text}
+    in_order = [a == b for a, b in itertools.zip_longest(in_order[: len(results)], results)]
+    return {"right": right, "right by position": in_order, "answered": [x is not None for x in said]}
 
 
 def longgen(args) -> dict:
-    """Many questions in one prompt (GSM8K's format), for a real checkpoint."""
+    """Questions with a number for an answer (GSM8K), one or many in a prompt (LongGenBench), for a real checkpoint."""
     need(not Path(args.out).exists(), f"out {args.out}: exists already")
     retro, model, tok = setup(args)
-    prompts, groups, rows = list(longgen_prompts(args, model, tok)), {}, {}
+    found = {}
+    asked = {n: longgen_prompts(args, n, model.config.max_seq_len, tok) for n in args.n}  # names a mistake before the long work
     with open(args.out, "w", encoding="utf-8", newline="\n") as file:
-        for (n, i, ids, results), (method, config) in itertools.product(prompts, methods(retro, args.windows).items()):
-            progress(f"n={n}, prompt {i + 1} of {args.prompts}: {method}")
-            record = {"n": n, "prompt": i, "method": method} | answer_prompt(config, args, model, tok, ids, results)
-            print(json.dumps(record), file=file, flush=True)
-            groups.setdefault((n, method), []).append(record)
-    for (n, method), group in groups.items():
-        rows[f"n={n} {method}"] = {"n": n, "method": method}
-        for name in ("kv_share", "right", "answered", "tokens"):
-            rows[f"n={n} {method}"][name] = torch.tensor([record[name] for record in group]).double().mean().item()
-    title = f"{args.prompts} prompts of n questions each; an unanswered question counts as wrong"
-    table(title, rows, {"kv_share": ".1%", "right": ".1%", "answered": ".1%", "tokens": ".0f"})
-    return {"rows": list(rows.values())}
+        for n, (name, config) in itertools.product(asked, methods(retro, args.windows, (), args.ablations).items()):
+            prompts, results = zip(*asked[n], strict=True)
+            progress(f"n={n}: {name}")
+            for i, ids, new in answers(name, config, args, model, tok, prompts, args.answer_tokens * n):
+                text = tok.decode(new)
+                steps = range(len(ids), len(ids) + len(new) - 1)  # the prefill made the first
+                record = {"n": n, "prompt": i, "method": name, "tokens": len(new), "text": text}
+                record |= {"kv_share": kv_share(name, config, model.config.n_layer, steps)}
+                record |= judge(text, args.shots + 1, results[i])
+                print(json.dumps(record), file=file, flush=True)
+                found.setdefault(n, {}).setdefault(name, {})[i] = record
+    return {f"n={n}": summary(n, by_method, args) for n, by_method in found.items()}
+
+
+def summary(n: int, by_method: dict, args) -> dict:
+    """Prints and returns what is right, by each way to match answers and questions."""
+    rows = {}
+    for name, records in by_method.items():
+        rows[name] = {x: statistics.mean(r[x] for r in records.values()) for x in ("kv_share", "tokens")}
+        rows[name]["answered"] = statistics.mean(statistics.mean(r["answered"]) for r in records.values())
+    for key in ("right", "right by position")[: 1 if n == 1 else 2]:
+        values = {
+            name: torch.tensor([records[i][key] for i in range(args.prompts)]).double() for name, records in by_method.items()
+        }
+        compare(
+            f"{args.prompts} prompts of n={n}: {key}, by place of the question; unanswered is wrong", key, ".1%", values, rows
+        )
+    table("Questions answered, and tokens per prompt", rows, {"answered": ".1%", "tokens": ".0f"})
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -857,12 +989,8 @@ def last_line(path: str, command: str) -> dict:
 
 def picture(args) -> dict:
     """Draws the results of quality and exposure (needs matplotlib)."""
-    records = [last_line(path, "quality") for path in args.quality]
-    decoded = [record["arguments"].pop("decoded", 0) for record in records]
-    if len(set(decoded)) < len(decoded) or any(record["arguments"] != records[0]["arguments"] for record in records):
-        raise ValueError(f"quality {' '.join(args.quality)}: must differ in their --decoded, and in no other argument")
-    runs = {n: record["results"]["text"]["rows"] for n, record in sorted(zip(decoded, records, strict=True))}
-    met = last_line(args.exposure, "exposure")["results"]["effective_exposure"]
+    text, met = (last_line(getattr(args, name), name)["results"] for name in ("quality", "exposure"))
+    ends, rows, met = text["text"]["positions"], text["text"]["rows"], met["effective_exposure"]
     try:
         import matplotlib
     except ImportError:
@@ -871,11 +999,14 @@ def picture(args) -> dict:
     from matplotlib import pyplot
 
     pyplot.style.use(["seaborn-v0_8-colorblind", {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150)
-    drawn = [name for name in runs[decoded[0]] if name.startswith(("Quest", "Retro"))]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150, width_ratios=(3, 2))
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
+    drawn = [name for name in rows if re.fullmatch(r"Quest|W=\d+", name)]
     for name, marker in zip(drawn, itertools.cycle("osD^vP"), strict=False):
-        left.plot(list(runs), [rows[name]["kl"] for rows in runs.values()], marker=marker, label=name)
-    left.set(xlabel="tokens of the context that were decoded", ylabel="KL to full attention, nats per token")
+        mean, error = (torch.tensor(rows[name][key]) for key in ("kl_by_position", "kl_errors"))
+        left.plot(middles, mean, marker=marker, label=name)
+        left.fill_between(middles, mean - 2 * error, mean + 2 * error, alpha=0.15, linewidth=0)
+    left.set(xlabel="tokens decoded", ylabel="KL to full attention, nats per token", ylim=(0, None))
     figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
     right.plot([int(w) for w in met], list(met.values()), marker="o")
     for w, x in met.items():
@@ -943,6 +1074,7 @@ def quality_options(add: Callable) -> dict:
     add("--tasks", choices=list(TASKS), nargs="*", default=Values(TASKS), help="of tiny/train.py; none leaves the tasks out")
     add("--decoded", type=at_least(0), default=0, help="the last tokens of the prompt to decode one by one: not prefilled")
     add("--neighbours", choices=NEIGHBOURS, nargs="*", default=Values(NEIGHBOURS), help="to compare with; none leaves them out")
+    add("--ablations", choices=list(ABLATIONS), nargs="*", default=Values(), help="of each window")
     add("--questions", type=at_least(2), default=24, help="questions of each task")
     add("--entries", type=at_least(1), default=32, help="lines to remember in each question")
     return {"passages": 8, "prefix": 1024, "length": 96, "questions": 8, "entries": 12}
@@ -957,13 +1089,15 @@ def exposure_options(add: Callable) -> dict:
 def longgen_options(add: Callable):
     sample.add_method_options(add, RetroConfig())
     add("--windows", type=at_least(1), nargs="+", default=Values([2, 4, 8]), help="RetroAttention's windows to measure")
+    add("--ablations", choices=list(ABLATIONS), nargs="*", default=Values(), help="of each window")
     add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
+    add("--examples", required=True, help="the same, of which the first are worked examples")
+    add("--shots", type=at_least(0), default=8, help="worked examples in front")
     add("--out", required=True, help="JSONL of the answers to write, one line per prompt and method; must not exist yet")
-    add("--n", type=at_least(1), nargs="+", default=Values([15, 30, 45]), help="questions per prompt")
-    add("--prompts", type=at_least(1), default=10, help="prompts of each n")
-    add("--examples", type=at_least(1), default=8, help="worked examples in front, the first questions of the file")
+    add("--n", type=at_least(1), nargs="+", default=Values([5, 10]), help="questions per prompt")
+    add("--prompts", type=at_least(2), default=20, help="prompts of each n")
     add("--answer_tokens", type=at_least(1), default=256, help="tokens to generate at most per question")
-    add("--chat", action="store_true", help="the prompt is a user's message, in the format of the checkpoint's tokenizer")
+    add("--batch", type=at_least(1), default=32, help="prompts to answer side by side, if they have the same length")
 
 
 def speed_options(add: Callable, settings: list[Setting], windows: list[int]) -> dict:
@@ -990,7 +1124,7 @@ def decode_options(add: Callable) -> dict:
 
 
 def picture_options(add: Callable):
-    add("--quality", required=True, nargs="+", help="saved outputs of bench.py quality, one for each --decoded")
+    add("--quality", required=True, help="saved output of bench.py quality")
     add("--exposure", required=True, help="saved output of bench.py exposure")
     add("--out", default="quality.png", help="file to write")
 

@@ -250,28 +250,25 @@ def mark_pages(step: Step, head: int, row: int, page_size: int) -> list[str]:
 
 
 def revisions(step: Step, page_size: int) -> torch.Tensor:
-    """What a step changed of the first text's past rows -> (5, n_kv_head, R): pages that a row meets for the first time, the
-    softmax mass that they add, and how far its output, key and value moved, as a share of their length."""
+    """What a step changed of the past rows -> (5, B, n_kv_head, R): pages that a row meets for the first time, the softmax mass
+    that they add, and how far its output, key and value moved, as a share of their length."""
     n_kv_head, R = step.before.k.shape[1:3]
 
-    def by_head(x):  # (R, n_head, ...) -> (n_kv_head, R, G * ...)
-        return x.unflatten(1, (n_kv_head, -1)).flatten(2).transpose(0, 1)
+    def by_head(x):  # (B, R, n_head, ...) -> (B, n_kv_head, R, G * ...)
+        return x.cpu().double().unflatten(2, (n_kv_head, -1)).flatten(3).transpose(1, 2)
 
-    def moved(old, new):  # (n_kv_head, R, size) -> (n_kv_head, R)
+    def moved(old, new):  # (B, n_kv_head, R, size) -> (B, n_kv_head, R)
         old, new = old.cpu().double(), new.cpu().double()
         return (new - old).norm(dim=-1) / old.norm(dim=-1)
 
-    pages, last_loaded, rows = (
-        step.pages[0, :, None].cpu(),
-        step.last_loaded[0, :, None].cpu(),
-        torch.arange(step.t - R, step.t)[:, None],
-    )
-    new = ((pages * page_size <= rows) & (last_loaded < rows)).sum(dim=-1)  # (n_kv_head, R)
+    pages, last_loaded = step.pages[:, :, None].cpu(), step.last_loaded[:, :, None].cpu()  # (B, n_kv_head, 1, S)
+    rows = torch.arange(step.t - R, step.t)[:, None]  # (R, 1)
+    new = ((pages * page_size <= rows) & (last_loaded < rows)).sum(dim=-1)  # (B, n_kv_head, R)
     # exp(lse_before) of exp(lse_after) was there before. A row only gains keys: below 0 there is but rounding.
-    before, after = (by_head(past.lse[0].cpu().double()) for past in (step.before, step.after))  # (n_kv_head, R, G)
+    before, after = by_head(step.before.lse), by_head(step.after.lse)  # (B, n_kv_head, R, G)
     mass = (1 - (before - after).exp()).clamp(min=0).mean(dim=-1)
-    output = moved(by_head(step.before.out[0]), by_head(step.after.out[0]))
-    key, value = moved(step.before.k[0], step.after.k[0]), moved(step.before.v[0], step.after.v[0])
+    output = moved(by_head(step.before.out), by_head(step.after.out))
+    key, value = moved(step.before.k, step.after.k), moved(step.before.v, step.after.v)
     return torch.stack((new.double(), mass, output, key, value))
 
 
@@ -298,7 +295,7 @@ class Trace:
         """The hook of layer i. Draws after the last layer: what a correction does to K and V shows in the layer above."""
         if (step.t - self.prompt_len + 1) % self.every or self.decoder.tokens[0, step.t].item() in self.tok.stop_tokens:
             return
-        self.revised[i] = revisions(step, self.page_size)
+        self.revised[i] = revisions(step, self.page_size)[:, 0]
         if i == self.layer:
             self.step = step
         if i == self.last:

@@ -1522,7 +1522,7 @@ def test_kv_share_counts_bounds_and_dense_passes():
     """By hand: position 63 holds 8 pages of 8 tokens, a quarter is 2, the bounds of all are one page's worth of vectors."""
     retro = replace(BENCH, budget=0.25)
     share = lambda name, n, retro=retro: bench.kv_share(name, retro, 4, range(64 - n, 64))  # noqa: E731
-    assert share("Quest", 1) == share("Retro W=4", 1) == 3 / 8 and share("full", 1, None) == 1
+    assert share("Quest", 1) == share("W=4", 1) == 3 / 8 and share("full", 1, None) == 1
     assert share("StreamingLLM", 1) == share("TOVA", 1) == 2 / 8
     assert share("Quest", 1, replace(retro, dense_layers=1)) == (1 + 3 * 3 / 8) / 4
     assert share("selection reuse", 2) == (3 + 2) / 16
@@ -1533,7 +1533,17 @@ def test_kv_share_counts_bounds_and_dense_passes():
 
 
 def quality_arguments(**changes):
-    sizes = dict(text=None, passages=3, prefix=50, length=30, windows=[1, 4], seed=0, decoded=0, neighbours=bench.NEIGHBOURS)
+    sizes = dict(
+        text=None,
+        passages=3,
+        prefix=50,
+        length=30,
+        windows=[1, 4],
+        seed=0,
+        decoded=0,
+        neighbours=bench.NEIGHBOURS,
+        ablations=[],
+    )
     return SimpleNamespace(**{**sizes, **changes})
 
 
@@ -1548,22 +1558,90 @@ def test_the_table_of_quality_is_what_it_says(monkeypatch, decoded):
     assert idx.shape == (3, 81) and torch.equal(idx, bench.passages(args, model, tok))
     table = bench.text_quality(idx, args, BENCH, model)
     rows = table["rows"]
-    assert rows["Retro W=1"] == rows["Quest"] and rows["Quest"]["kl_to_quest"] == [0, 0] and rows["full"]["kl"] == 0
+    assert rows["W=1"] == rows["Quest"] and rows["Quest"]["kl_to_quest"] == [0, 0] and rows["full"]["kl"] == 0
     assert len({row["kl"] for row in rows.values()}) == len(rows) - 1, "two methods are one"
     dense = model(idx).log_softmax(-1)[:, 50:80]
     kl = {}
-    for name, W in (("Quest", 1), ("Retro W=4", 4)):
+    for name, W in (("Quest", 1), ("W=4", 4)):
         sparse = decode(model, replace(BENCH, window=W), idx[:, :80], 50 - decoded)[0][:, 1 + decoded :].log_softmax(-1)
         kl[name] = (dense.exp() * (dense - sparse)).sum(-1)
         gap = (dense - sparse).gather(2, idx[:, 51:, None])[..., 0]
         close(rows[name]["kl"], kl[name].mean(), 1e-6)
         close(rows[name]["gap"], gap.mean(), 1e-5)
         close(rows[name]["gap_by_position"][1], gap[:, 8:16].mean(), 1e-5)
-    difference = (kl["Retro W=4"] - kl["Quest"]).mean(1)
-    close(rows["Retro W=4"]["kl_to_quest"], [difference.mean(), difference.std() / math.sqrt(3)], 1e-6)
+    difference = (kl["W=4"] - kl["Quest"]).mean(1)
+    close(rows["W=4"]["kl_to_quest"], [difference.mean(), difference.std() / math.sqrt(3)], 1e-6)
     assert table["positions"] == [0, 8, 16, 23, 30]
-    args.neighbours = ["ReSA"]
-    assert list(bench.text_quality(idx, args, BENCH, model)["rows"]) == ["full", "Quest", "Retro W=1", "Retro W=4", "ReSA"]
+    part = kl["W=4"][:, 8:16].mean(1)
+    close(rows["W=4"]["kl_errors"][1], part.std() / math.sqrt(3), 1e-6)
+    args.neighbours, args.ablations, args.windows = ["ReSA"], ["not looking back"], [4]
+    rows = bench.text_quality(idx, args, BENCH, model)["rows"]
+    assert list(rows) == ["full", "Quest", "W=4", "W=4 not looking back", "ReSA"]
+    close(rows["W=4"]["kl_to_control"][0], rows["W=4"]["kl"] - rows["W=4 not looking back"]["kl"], 1e-6)
+
+
+class PagesOfFour(RetroConfig):
+    """Quest that loads the pages of a window of 4."""
+
+    def first_window_page(self, t):
+        return replace(BENCH, window=4).first_window_page(t)
+
+    def pages_selected(self, t):
+        return replace(BENCH, window=4).pages_selected(t)
+
+
+class OutputsOnly(bench.Ablation):
+    """RetroAttention as the paper has it, but the past rows overwrite nothing."""
+
+    def write(self, q, k, v, cos, sin, cache, t):
+        rows = retro_attention.row_positions(t, q.shape[1])
+        store(apply_rope(k[:, -1:], cos[t : t + 1], sin[t : t + 1]), v[:, -1:], cache, int(t))
+        return apply_rope(q, cos[rows], sin[rows])
+
+
+def texts_logits(name, retro, tokens, prompt_len=20, **model):
+    """(B, L, vocab) by a method of the benchmark."""
+    decoder = bench.new_decoder(name, retro, random_model(**model), len(tokens), tokens.shape[1])
+    return torch.stack([decoder.prefill(tokens[:, :prompt_len]), *(decoder.step(x) for x in tokens[:, prompt_len:].T)], 1)
+
+
+def test_not_looking_back_is_quest_on_the_same_pages(monkeypatch):
+    """The control for the window's pages on top of the budget. And a correction that overwrites no key and value is lost."""
+    tokens, four = random_tokens(2, 110), replace(BENCH, window=4)
+    control = texts_logits("W=4 not looking back", four, tokens)
+    close(control, texts_logits("Quest", PagesOfFour(**vars(BENCH)), tokens), 1e-9)
+    monkeypatch.setitem(bench.ABLATIONS, "outputs only", OutputsOnly)
+    close(control, texts_logits("W=4 outputs only", four, tokens), 1e-9)
+    assert (control - texts_logits("W=4", four, tokens)).abs().max() > 0.01
+    assert (control - texts_logits("Quest", BENCH, tokens)).abs().max() > 0.01
+
+
+def test_the_other_ablations():
+    """One choice: all KV heads load the same pages. First query: no difference in the first of two layers, below which nothing
+    was corrected; in the second of three it shows in the third."""
+    tokens, four, chosen = random_tokens(2, 90), replace(BENCH, window=4), []
+    decoder = bench.new_decoder("W=4 one choice", four, random_model(), 2, 90)
+    decoder.layers[1].hook = lambda step: chosen.append(step.pages)
+    decoder.prefill(tokens[:, :20])
+    for i in range(20, 90):
+        decoder.step(tokens[:, i])
+    assert all(torch.equal(pages[:, 0], pages[:, 1]) for pages in chosen)
+    for layers, equal in ((2, True), (3, False)):
+        a, b = (texts_logits(name, four, tokens, n_layer=layers) for name in ("W=4 first query", "W=4"))
+        assert ((a - b).abs().max() < 1e-9) == equal
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU: CUDA graphs are not tested here")
+@pytest.mark.parametrize("name", list(bench.ABLATIONS))
+def test_ablations_through_the_kernels(name):
+    """Also in a CUDA graph: what they keep must stay at its place."""
+    tokens, model = random_tokens(2, 90).cuda(), random_model().float().cuda()
+    logits = []
+    for impl in ("torch", "triton"):
+        decoder = bench.new_decoder(f"W=4 {name}", replace(BENCH, window=4, impl=impl), model, 2, 90)
+        logits.append(torch.stack([decoder.prefill(tokens[:, :20]), *(decoder.step(x) for x in tokens[:, 20:].T)]))
+    assert decoder.graph is not None
+    assert (logits[0] - logits[1]).abs().max() < 1e-3
 
 
 def test_a_full_budget_is_full_attention_in_the_table(monkeypatch):
@@ -1647,37 +1725,67 @@ def test_answers_are_matched_by_their_number():
         "Answer_2: 3 and 4 make 7. The answer is $1,007.50. It took 3 steps.\n\nAnswer_1: it is 12, so 13\n"
         "Answer_4: nothing\nAnswer_2: The answer is 8.\nAnswer_12: the answer is -5\nAnswer_4: The answer is 0."
     )
-    assert bench.read_answers(text) == {2: 1007.5, 1: 13, 12: -5, 4: 0}
-    assert bench.read_answers("The answer is 3.") == {}
+    assert bench.read_answers(text) == ({2: 1007.5, 1: 13, 12: -5, 4: 0}, [1007.5, 13, None, 8, -5, 0])
+    assert bench.read_answers("The answer is 3.") == ({}, [])
+    assert bench.judge("Answer_9: 1 Answer_11: 2", 9, [1, 2, 3]) == {
+        "right": [True, False, False], "right by position": [True, True, False], "answered": [True, False, True]
+    }  # fmt: skip
+    assert bench.judge("2 + 2 = 4", 9, [4]) == {"right": [True], "right by position": [True], "answered": [True]}
 
 
 def test_longgen_numbers_the_questions_on():
     """As published: in a first version the asked questions began at 1 again, and a model answered the examples once more."""
     pairs = [{"question": f"q{i}?", "work": f"w{i}.", "result": float(i)} for i in range(5)]
-    prompt = bench.longgen_prompt(pairs[:3], pairs[3:])
+    system, prompt = (text for _, text in bench.conversation(pairs[:3], pairs[3:]))
+    assert system == bench.INSTRUCTION
     assert re.findall(r"Question_(\d): (q\d)", prompt) == [(str(i + 1), f"q{i}") for i in range(5)]
     assert re.findall(r"Answer_(\d): w(\d)\. The answer is (\d)\.", prompt) == [(str(i + 1), str(i), str(i)) for i in range(3)]
+    alone = bench.conversation(pairs[:2], pairs[4:])
+    assert alone[1::2] == [("assistant", "w0. The answer is 0."), ("assistant", "w1. The answer is 1.")]
+    assert alone[::2] == [("user", "q0?"), ("user", "q1?"), ("user", "q4?")]
 
 
-def test_longgen_counts_what_is_right(capsys, monkeypatch, tmp_path):
-    """The questions asked are numbered on from the three examples. Of the first four the script has two right, skips one and
-    repeats one, first wrong; of the next four none is right."""
+@pytest.fixture
+def longgen(capsys, monkeypatch, tmp_path):
+    """Runs the command with a model that says `said` to whatever it is asked, of sums from 1000 on: results and records."""
+    tok = Tokenizer.from_checkpoint(TINY)
+    lines = [{"question": f"What is {i} + 1000?", "answer": f"<<{i}+1000>>\n#### {1000 + i:,}"} for i in range(20)]
+    (tmp_path / "examples").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    (tmp_path / "questions").write_text("".join(json.dumps(line) + "\n" for line in lines[3:]))
+
+    def run(said, args):
+        model = scripted(tok, [*tok.encode(said), tok.stop_tokens[0]])
+        monkeypatch.setattr(bench, "setup", lambda args: (RetroConfig(window=1), model, tok))
+        files = f"--questions {tmp_path}/questions --examples {tmp_path}/examples --out {tmp_path}/out --shots 3 --windows 2"
+        assert bench.main(["longgen", *files.split(), *args.split()]) == 0
+        results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+        return results, [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+
+    return run
+
+
+def test_longgen_counts_what_is_right(longgen):
+    """The questions asked are numbered on from the three examples. Of the first four the script has two right by number, skips
+    one and repeats one, first wrong, and none is right at its place; of the next four none is right."""
     said = (
         "Answer_7: The answer is 1006. Answer_4: The answer is 1,003. Answer_5: The answer is 1. Answer_5: The answer is 1004."
     )
-    tok = Tokenizer.from_checkpoint(TINY)
-    model = scripted(tok, [*tok.encode(said), tok.stop_tokens[0]])
-    monkeypatch.setattr(bench, "setup", lambda args: (RetroConfig(window=1), model, tok))
-    lines = [{"question": f"What is {i} + 1000?", "answer": f"<<{i}+1000>>\n#### {1000 + i:,}"} for i in range(20)]
-    (tmp_path / "questions").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    args = f"longgen --questions {tmp_path}/questions --out {tmp_path}/out --n 4 --prompts 2 --examples 3 --windows 2".split()
-    assert bench.main(args) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["rows"]
-    assert [row["method"] for row in rows] == ["full", "Quest", "Retro W=2"]
-    assert all(row["right"] == 2 / 8 and row["answered"] == 6 / 8 for row in rows)
-    records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    results, records = longgen(said, "--n 4 --prompts 2")
+    rows = results["n=4"]
+    assert list(rows) == ["full", "Quest", "W=2"]
+    for row in rows.values():
+        assert (row["right"], row["right by position"], row["answered"]) == (2 / 8, 0, 6 / 8)
+        assert row["right_by_position"] == [0.5, 0, 0, 0.5] and row["right_to_quest"] == [0, 0]
     assert len(records) == 6 and all(record["text"] == said for record in records)
     assert all(record["right"] == [record["prompt"] == 0 and i in (0, 3) for i in range(4)] for record in records)
+
+
+def test_longgen_asks_single_questions_side_by_side(longgen):
+    """Prompts of one length in batches, each record under its own number."""
+    results, records = longgen("1000 + 5 is 1005. The answer is 1,005. 7", "--n 1 --prompts 17 --batch 4")
+    assert results["n=1"]["W=2"]["right"] == pytest.approx(1 / 17) and results["n=1"]["full"]["answered"] == 1
+    assert sorted(record["prompt"] for record in records if record["method"] == "Quest") == list(range(17))
+    assert {record["prompt"] for record in records if record["right"][0]} == {2}
 
 
 def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
@@ -1695,10 +1803,13 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
     sizes = "--passages 2 --prefix 150 --length 10 --windows 2"
     output, record = run(f"quality {sizes} --questions 2 --entries 2 --neighbours ReSA TOVA")
     assert record["arguments"]["prefix"] == 150 and record["versions"]["torch"] and record["device"]
-    assert set(record["results"]["tasks"]) == set(bench.TASKS) and "Retro W=2" in output and "ReSA" in output
+    assert set(record["results"]["tasks"]) == set(bench.TASKS) and "W=2" in output and "ReSA" in output
     results = run(f"exposure {sizes} --distance 3")[1]["results"]
     assert results["effective_exposure"]["1"] == 1 < results["effective_exposure"]["2"] < 2
     assert all(0 < a + b <= 1 for a, b in results["overlap"].values()) and len(results["overlap"]) == 3
+    loaded, new, mass, output, key, value = zip(*results["revised"].values(), strict=True)
+    assert len(new) == 10 and 0 < max(new) < min(loaded) and 0 < max(mass) < 1 and max(output) > 0.001
+    assert max(key[0], value[0]) < 1e-5 < max(*key[1:], *value[1:]), "in the first sparse layer they do not move"
     picture = ["picture", "--out", saved["x.png"], "--quality", saved["quality"], "--exposure"]
     refused_in_a_line(run_main(bench.main, [*picture, saved["quality"]], capsys), "is not the JSON of bench.py exposure")
     with monkeypatch.context() as patch:
@@ -1706,28 +1817,10 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
         refused_in_a_line(run_main(bench.main, [*picture, saved["exposure"]], capsys), "pip install matplotlib")
     if importlib.util.find_spec("matplotlib"):
         assert bench.main([*picture, saved["exposure"]]) == 0
+        line, rows = sys.modules["matplotlib.pyplot"].gcf().axes[0].lines[1], record["results"]["text"]["rows"]
+        assert line.get_label() == "W=2" and list(line.get_ydata()) == pytest.approx(rows["W=2"]["kl_by_position"])
+        assert list(line.get_xdata()) == [(a + b) / 2 for a, b in itertools.pairwise(record["results"]["text"]["positions"])]
         assert Path(saved["x.png"]).read_bytes()[1:4] == b"PNG"
-
-
-def test_the_picture_joins_runs_that_differ_in_decoded_alone(capsys, monkeypatch, tmp_path):
-    """A point for each run, in the order of `decoded` and not of the files; other runs than these are no line."""
-    monkeypatch.chdir(tmp_path)
-    for name, decoded, prefix, kl in (
-        ("late", 99, 150, 0.3),
-        ("early", 0, 150, 0.2),
-        ("other", 50, 149, 0.1),
-        ("met", 0, 0, 0),
-    ):
-        results = {"text": {"rows": {"Quest": {"kl": kl}}}, "effective_exposure": {"1": 1, "2": 1.2}}
-        record = {"command": "exposure" if name == "met" else "quality", "arguments": dict(decoded=decoded, prefix=prefix)}
-        Path(name).write_text(json.dumps({**record, "results": results}))
-    join = lambda files: run_main(bench.main, f"picture --exposure met --out x.png --quality {files}".split(), capsys)  # noqa: E731
-    for wrong in ("late other", "late early late"):
-        refused_in_a_line(join(wrong), "must differ in their --decoded, and in no other argument")
-    if importlib.util.find_spec("matplotlib"):
-        assert join("late early")[0] == 0
-        line = sys.modules["matplotlib.pyplot"].gcf().axes[0].lines[0]
-        assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 99], [0.2, 0.3])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1774,7 +1867,7 @@ def test_decode_sets_whole_steps_beside_the_bytes(measure):
     assert bench.SHAPES["tiny"] == config
     results = measure("decode --settings 400x2 --windows 2 --rounds 1 --dense_layers 3")
     rows, rate = results["rows"], max(results["memory_rate"].values())
-    assert [row["method"] for row in rows] == ["full", "Quest", "Retro W=2"]
+    assert [row["method"] for row in rows] == ["full", "Quest", "W=2"]
     read, vector = 4 * sum(w.numel() for w in weights.values()), 2 * 2 * 64 * 4
     # The last 30 steps, to position 399: 371 to 400 tokens, in 24 pages 14 times, in 25 pages 16 times; W=2 lies in two once.
     tokens, held = sum(range(371, 401)), 14 * 24 + 16 * 25
@@ -1823,9 +1916,9 @@ def test_quick_changes_what_is_not_given():
     ("quality --prefix 300", "prefix must be at least .* for 32 entries of ledger, not 300"),
     ("quality --prefix 4000 --length 1", "prefix must be at most 3.* in ledger, not 4000"),
     ("exposure --distance 256", "distance must be between 1 and length - 1 = 255, not 256"),
-    ("longgen --questions nowhere --out x", "nowhere: No such file"),
-    ("longgen --questions LICENSE --out x", "LICENSE: line 1 is not a question"),
-    ("longgen --questions LICENSE --out README.md", "README.md: exists"),
+    ("longgen --questions nowhere --examples LICENSE --out x", "LICENSE: line 1 is not a question"),
+    ("longgen --questions LICENSE --examples nowhere --out x", "nowhere: No such file"),
+    ("longgen --questions LICENSE --examples LICENSE --out README.md", "README.md: exists"),
     ("picture --quality LICENSE --exposure LICENSE", "LICENSE: its last line is not the JSON of bench.py quality"),
 ])  # fmt: skip
 def test_a_mistake_in_a_measurement_is_one_clear_line(capsys, monkeypatch, args, message):
