@@ -5,7 +5,7 @@
     longgen     many questions in one prompt, all answers in one generation, as LongGenBench has it; for a real checkpoint
     kernels     each kernel of a step, one layer: microseconds, and the share of what memory could do; beside it dense attention
     decode      whole steps of a model with random weights: full attention, Quest, RetroAttention
-    picture     two panels out of the JSON of `quality` and `exposure`
+    picture     panels out of the JSON of `quality` and `exposure`
 
 Tables go to stdout, and as its last line all numbers as one line of JSON, with versions, device and arguments. Progress goes
 to stderr. Exit code 0 on success, 2 with one line on a mistake in the arguments or files, 130 after Ctrl-C, 1 if the reader of
@@ -988,9 +988,9 @@ def last_line(path: str, command: str) -> dict:
 
 
 def picture(args) -> dict:
-    """Draws the results of quality and exposure (needs matplotlib)."""
-    text, met = (last_line(getattr(args, name), name)["results"] for name in ("quality", "exposure"))
-    ends, rows, met = text["text"]["positions"], text["text"]["rows"], met["effective_exposure"]
+    """Draws the results of quality, each file in a panel, and of exposure (needs matplotlib)."""
+    records = [last_line(path, "quality") for path in args.quality]
+    met = last_line(args.exposure, "exposure")["results"]["effective_exposure"]
     try:
         import matplotlib
     except ImportError:
@@ -999,20 +999,27 @@ def picture(args) -> dict:
     from matplotlib import pyplot
 
     pyplot.style.use(["seaborn-v0_8-colorblind", {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained", dpi=150, width_ratios=(3, 2))
-    middles = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
-    drawn = [name for name in rows if re.fullmatch(r"Quest|W=\d+", name)]
-    for name, marker in zip(drawn, itertools.cycle("osD^vP"), strict=False):
-        mean, error = (torch.tensor(rows[name][key]) for key in ("kl_by_position", "kl_errors"))
-        left.plot(middles, mean, marker=marker, label=name)
-        left.fill_between(middles, mean - 2 * error, mean + 2 * error, alpha=0.15, linewidth=0)
-    left.set(xlabel="tokens decoded", ylabel="KL to full attention, nats per token", ylim=(0, None))
-    figure.legend(frameon=False, loc="outside lower center", ncols=len(drawn))
-    right.plot([int(w) for w in met], list(met.values()), marker="o")
+    n = len(records)
+    figure, axes = pyplot.subplots(1, n + 1, figsize=(3.8 * n + 3, 3.8), layout="constrained", dpi=150)
+    for axis, record in zip(axes, records, strict=False):
+        rows, ends = record["results"]["text"]["rows"], record["results"]["text"]["positions"]
+        drawn = [name for name in rows if re.fullmatch(r"Quest|W=\d+", name)]
+        for name, marker in zip(drawn, itertools.cycle("osD^vP"), strict=False):
+            mean, error = (torch.tensor(rows[name][key]) for key in ("kl_by_position", "kl_errors"))
+            middles = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
+            axis.plot(middles, mean, marker=marker, label=name)
+            axis.fill_between(middles, mean - 2 * error, mean + 2 * error, alpha=0.1, linewidth=0)
+        axis.set(xlabel="tokens decoded", title="budget {budget:g}, at least {min_tokens} tokens".format(**record["arguments"]))
+    top = max(axis.get_ylim()[1] for axis in axes[:n])
+    for axis in axes[:n]:
+        axis.set_ylim(0, top)
+    axes[0].set_ylabel("KL to full attention, nats per token")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=8)
+    axes[n].plot([int(w) for w in met], list(met.values()), marker="o")
     for w, x in met.items():
-        right.annotate(f"{x:.2f}", (int(w), x), xytext=(-4, 6), textcoords="offset points", ha="right")
-    right.margins(x=0.16, y=0.15)
-    right.set(xlabel="window W (1 is Quest)", ylabel="pages met / pages selected", xticks=[int(w) for w in met])
+        axes[n].annotate(f"{x:.2f}", (int(w), x), xytext=(-4, 6), textcoords="offset points", ha="right")
+    axes[n].margins(x=0.2, y=0.15)
+    axes[n].set(xlabel="window W (1 is Quest)", title="pages met / pages selected", xticks=[int(w) for w in met])
     figure.savefig(args.out)
     print(f"{args.out} written")
     return {"file": args.out}
@@ -1124,7 +1131,7 @@ def decode_options(add: Callable) -> dict:
 
 
 def picture_options(add: Callable):
-    add("--quality", required=True, help="saved output of bench.py quality")
+    add("--quality", required=True, nargs="+", help="saved outputs of bench.py quality, a panel each")
     add("--exposure", required=True, help="saved output of bench.py exposure")
     add("--out", default="quality.png", help="file to write")
 
