@@ -8,12 +8,17 @@ success, 2 with one line on a mistake in the arguments or the checkpoint, 130 af
 import argparse
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+heed = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__" and heed is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torch is loaded, which takes seconds: Ctrl-C ends without a traceback
 
 import torch
 
@@ -468,4 +473,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, heed)
     sys.exit(main())

@@ -2065,20 +2065,31 @@ def test_a_layer_that_cannot_be_traced_is_named(value):
     refused(lambda: sample.trace_target(value, config, SPARSE), message)
 
 
-def test_interrupt_keeps_the_text_and_reports(tmp_path):
-    """Ctrl-C: what was printed stays, the report follows, exit code 130."""
+def interrupted(when, **files):
+    """Ctrl-C as soon as `when()` holds: exit code and stderr of a long run of sample.py."""
     args = [sys.executable, TINY.parent / "sample.py", *"--prompt It --max_new_tokens 4000 --temperature 1".split()]
     # In a shell's background job the signal is ignored, and children inherit that.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    child = subprocess.Popen(args, stderr=subprocess.PIPE, preexec_fn=heed, **files)
+    while child.poll() is None and not when():
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    return child, child.communicate(timeout=60)[1].decode()
+
+
+def test_interrupt_keeps_the_text_and_reports(tmp_path):
+    """Ctrl-C: what was printed stays, the report follows, exit code 130."""
     with open(tmp_path / "out", "wb") as out:
-        child = subprocess.Popen(args, stdout=out, stderr=subprocess.PIPE, preexec_fn=heed)
-        while child.poll() is None and (tmp_path / "out").stat().st_size < 100:
-            time.sleep(0.05)
-        child.send_signal(signal.SIGINT)
-        report = child.communicate(timeout=60)[1].decode()
+        child, report = interrupted(lambda: (tmp_path / "out").stat().st_size >= 100, stdout=out)
     text = (tmp_path / "out").read_text()
     assert child.returncode == 130 and "tokens/s" in report and "Traceback" not in report
     assert text.startswith("It") and text.endswith("\n") and len(text) >= 100
+
+
+def test_interrupt_while_torch_loads():
+    start = time.time()
+    child, report = interrupted(lambda: time.time() > start + 0.5)
+    assert child.returncode == -signal.SIGINT and not report
 
 
 def test_a_long_text_to_the_end_of_the_context():
