@@ -1,8 +1,8 @@
 """Every number of the documentation: python bench.py quality --text book.txt
 
-    quality     what sparse decoding costs in fidelity and accuracy: full attention, Quest, RetroAttention, and five neighbours
+    quality     what sparse decoding costs in fidelity: full attention, Quest, RetroAttention, ablations of it, five neighbours
     exposure    do neighbouring queries want the same pages, and how many pages does a query meet in the end (paper, figure 2)
-    longgen     many questions in one prompt, all answers in one generation, as LongGenBench has it; for a real checkpoint
+    longgen     questions with a number for an answer, one in a prompt, or many as LongGenBench has it; for a real checkpoint
     kernels     each kernel of a step, one layer: microseconds, and the share of what memory could do; beside it dense attention
     decode      whole steps of a model with random weights: full attention, Quest, RetroAttention
     picture     panels out of the JSON of `quality` and `exposure`
@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import platform
-import random
 import re
 import shlex
 import statistics
@@ -39,7 +38,6 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 import retro_attention
 import sample
-import tiny.train
 from model import Decoder, Llama, LlamaConfig, Tokenizer
 from retro_attention import (
     LayerCache,
@@ -56,7 +54,6 @@ from retro_attention import (
     write,
 )  # fmt: skip
 
-TASKS = {name: tiny.train.TASKS[name] for name in ("ledger", "chain")}
 START = time.time()
 
 
@@ -346,21 +343,14 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
     return torch.tensor([start + ids[i : i + n] for i in starts], device=device)
 
 
-def feed(decoder: Decoder, idx: torch.Tensor, decoded: int) -> torch.Tensor:
-    """A prompt (B, T), of which the last tokens are decoded and not prefilled -> (B, vocab)."""
-    T = idx.shape[1]
-    logits = decoder.prefill(idx[:, : T - decoded])
-    for token in idx[:, T - decoded :].T:
-        logits = decoder.step(token)
-    return logits
-
-
 def forced(decoder: Decoder, idx: torch.Tensor, prefix: int, decoded: int = 0) -> Iterator[torch.Tensor]:
-    """Feeds tokens prefix .. T-2 of idx (B, T) one by one, after the prompt. Yields, for each, the log-probabilities of the
-    next (B, vocab)."""
-    feed(decoder, idx[:, :prefix], decoded)
-    for i in range(prefix, idx.shape[1] - 1):
-        yield decoder.step(idx[:, i]).float().log_softmax(dim=-1)
+    """Feeds tokens prefix .. T-2 of idx (B, T) one by one and yields, for each, the log-probabilities of the next (B, vocab).
+    Of the prompt before them, the last `decoded` tokens are fed one by one, too, and not prefilled."""
+    decoder.prefill(idx[:, : prefix - decoded])
+    for i in range(prefix - decoded, idx.shape[1] - 1):
+        logits = decoder.step(idx[:, i])
+        if i >= prefix:
+            yield logits.float().log_softmax(dim=-1)
     decoder.check_finite()
 
 
@@ -373,40 +363,9 @@ def fidelity(steps, full: list, targets: torch.Tensor) -> tuple[torch.Tensor, to
     return torch.stack(kl, 1).cpu(), torch.stack(gap, 1).cpu()
 
 
-def task_questions(name: str, args, model: Llama, tok: Tokenizer) -> tuple[torch.Tensor, list[str], int]:
-    """Questions (B, prefix), their answers' texts, and the tokens of the longest. In front of each question, other tasks with
-    their answers fill the prompt up."""
-    rng, rows, answers, start = random.Random(args.seed), [], [], [tok.bos] * (tok.bos is not None)
-    while len(rows) < args.questions:
-        question, answer = TASKS[name](rng, args.entries)
-        ids, before = tok.encode(question), []
-        least = len(start) + len(ids)
-        need(args.prefix >= least, f"prefix must be at least {least} for {args.entries} entries of {name}, not {args.prefix}")
-        while len(before) < args.prefix - least:
-            before = tok.encode("".join(rng.choice(list(tiny.train.TASKS.values()))(rng, min(32, args.entries)))) + before
-        rows.append(start + before[len(before) - (args.prefix - least) :] + ids)
-        answers.append(answer)
-    steps = max(len(tok.encode(answer)) for answer in answers)
-    most = model.config.max_seq_len - steps
-    need(args.prefix <= most, f"prefix must be at most {most} for answers of {steps} tokens in {name}, not {args.prefix}")
-    return torch.tensor(rows, device=model.norm.weight.device), answers, steps
-
-
-def lines_right(decoder, idx: torch.Tensor, decoded: int, answers: list[str], tok: Tokenizer, steps: int) -> torch.Tensor:
-    """Answers idx (B, T), of which the last tokens are decoded and not prefilled, greedily and free-running: which lines are
-    right, to the letter (B, lines); NaN after the last."""
-    out, right = [feed(decoder, idx, decoded).argmax(dim=-1)], []
-    while len(out) < steps:
-        out.append(decoder.step(out[-1]).argmax(dim=-1))
-    for ids, answer in zip(torch.stack(out, dim=1).tolist(), answers, strict=True):
-        wanted, got = answer.strip("\n").split("\n"), tok.decode(ids).split("\n")
-        right.append(torch.tensor([a == b for a, b in itertools.zip_longest(wanted, got[: len(wanted)])]).double())
-    return torch.nn.utils.rnn.pad_sequence(right, batch_first=True, padding_value=torch.nan)
-
-
 def paired(x: torch.Tensor, y: torch.Tensor) -> list[float]:
     """The mean difference of two methods' values (B, L), and its standard error over passages."""
-    difference = (x - y).double().nanmean(dim=1)  # (B,)
+    difference = (x - y).double().mean(dim=1)  # (B,)
     return [difference.mean().item(), difference.std().item() / math.sqrt(len(difference))]
 
 
@@ -417,9 +376,9 @@ def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], r
     ends = [0, *itertools.accumulate(len(part) for part in torch.arange(L).tensor_split(min(PARTS, L)))]
     spans = [f"{a + 1}-{b}" for a, b in itertools.pairwise(ends)]
     for method, x in values.items():
-        mean, to_quest = x.nanmean().item(), paired(x, values["Quest"])
-        split = [part.nanmean(dim=1) for part in x.double().tensor_split(ends[1:-1], dim=1)]  # (B,) each
-        parts, errors = [part.nanmean().item() for part in split], [part.std().item() / math.sqrt(len(part)) for part in split]
+        mean, to_quest = x.mean().item(), paired(x, values["Quest"])
+        split = [part.mean(dim=1) for part in x.double().tensor_split(ends[1:-1], dim=1)]  # (B,) each
+        parts, errors = [part.mean().item() for part in split], [part.std().item() / math.sqrt(len(part)) for part in split]
         rows[method] |= {name: mean, f"{name}_to_quest": to_quest}
         rows[method] |= {f"{name}_by_position": parts, f"{name}_errors": errors}
         shown[method] = {"KV read": rows[method]["kv_share"], "mean": mean} | dict(zip(spans, parts, strict=True))
@@ -434,54 +393,31 @@ def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], r
     return ends
 
 
-def each_method(what: str, args, retro: RetroConfig, model: Llama, rows: dict[str, dict], B: int, T: int):
-    """Yields each method's name and a fresh decoder; notes the share of KV bytes that it reads at positions prefix .. T-2."""
-    for name, config in methods(retro, args.windows, args.neighbours, args.ablations).items():
-        progress(f"{what}: {name}")
-        rows[name] = {"kv_share": kv_share(name, config, model.config.n_layer, range(args.prefix, T - 1))}
-        yield name, new_decoder(name, config, model, B, T)
-
-
-def prompt_of(args) -> str:
-    return f"{args.prefix - args.decoded} tokens prefilled" + (f" and {args.decoded} decoded" if args.decoded else "")
-
-
 def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> dict:
     """Teacher-forced: every method reads the same text, and is compared with full attention token by token.
 
     Full attention's distributions are kept for that: passages * length * vocabulary numbers.
     """
     full, kl, gap, rows = [], {}, {}, {}
-    for name, decoder in each_method("text", args, retro, model, rows, *idx.shape):
-        steps = forced(decoder, idx, args.prefix, args.decoded)
+    for name, config in methods(retro, args.windows, args.neighbours, args.ablations).items():
+        progress(name)
+        rows[name] = {"kv_share": kv_share(name, config, model.config.n_layer, range(args.prefix, idx.shape[1] - 1))}
+        steps = forced(new_decoder(name, config, model, *idx.shape), idx, args.prefix, args.decoded)
         full = full or list(steps)
         kl[name], gap[name] = fidelity(full if name == "full" else steps, full, idx[:, args.prefix + 1 :])
     source = args.text or "text sampled from the checkpoint"
-    print(f"\n{args.passages} passages of {source}: {prompt_of(args)}, {args.length} measured, teacher-forced")
+    prompt = f"{args.prefix - args.decoded} tokens prefilled" + (f" and {args.decoded} decoded" if args.decoded else "")
+    print(f"\n{args.passages} passages of {source}: {prompt}, {args.length} measured, teacher-forced")
     compare("KL to full attention, by position after the prompt", "kl", ".5f", kl, rows)
     ends = compare("Nats lost per token, by position after the prompt", "gap", ".4f", gap, rows)
     return {"positions": ends, "rows": rows}
 
 
-def task_quality(task: str, questions: tuple, args, retro: RetroConfig, model: Llama, tok: Tokenizer) -> dict:
-    """Free-running: every method answers the same questions by itself."""
-    idx, answers, steps = questions
-    right, rows = {}, {}
-    for name, decoder in each_method(task, args, retro, model, rows, len(idx), args.prefix + steps):
-        right[name] = lines_right(decoder, idx, args.decoded, answers, tok, steps)
-    title = f"{task}: {args.questions} questions of {args.entries} entries, {prompt_of(args)}; lines exactly right, greedy"
-    compare(title, "right", ".1%", right, rows)
-    return rows
-
-
 def quality(args) -> dict:
-    """Fidelity on text and accuracy on the tasks, against full attention."""
-    need(args.entries <= len(tiny.train.NAMES), f"entries must be at most {len(tiny.train.NAMES)}, not {args.entries}")
+    """Fidelity on text, against full attention."""
     need(args.decoded < args.prefix, f"decoded must be between 0 and {args.prefix - 1}, not {args.decoded}: less than prefix")
     retro, model, tok = setup(args)
-    questions = {task: task_questions(task, args, model, tok) for task in args.tasks}  # names a mistake before the long work
-    text = text_quality(passages(args, model, tok), args, retro, model)
-    return {"text": text, "tasks": {task: task_quality(task, questions[task], args, retro, model, tok) for task in questions}}
+    return text_quality(passages(args, model, tok), args, retro, model)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1002,7 +938,7 @@ def picture(args) -> dict:
     n = len(records)
     figure, axes = pyplot.subplots(1, n + 1, figsize=(3.8 * n + 3, 3.8), layout="constrained", dpi=150)
     for axis, record in zip(axes, records, strict=False):
-        rows, ends = record["results"]["text"]["rows"], record["results"]["text"]["positions"]
+        rows, ends = record["results"]["rows"], record["results"]["positions"]
         drawn = [name for name in rows if re.fullmatch(r"Quest|W=\d+", name)]
         for name, marker in zip(drawn, itertools.cycle("osD^vP"), strict=False):
             mean, error = (torch.tensor(rows[name][key]) for key in ("kl_by_position", "kl_errors"))
@@ -1065,32 +1001,30 @@ def setting(text: str) -> Setting:
 # The options of each command; what is returned is what --quick stands for.
 
 
-def text_options(add: Callable, passages: int, least: int, length: int):
-    # RetroAttention's own floor and dense layers would hide all in a small model; bfloat16 rounds by as much as is measured.
-    sample.add_method_options(add, RetroConfig(min_tokens=32, dense_layers=0), dtype="float32")
-    add("--windows", type=at_least(1), nargs="+", default=Values([2, 4, 8]), help="RetroAttention's windows to measure")
+def text_options(add: Callable, passages: int, least: int, prefix: int, length: int):
+    sample.add_method_options(add, RetroConfig(), dtype="float32")  # bfloat16 rounds by as much as is measured in a small model
+    add("--windows", type=at_least(1), nargs="+", default=Values([2, 4, 8, 16]), help="RetroAttention's windows to measure")
     add("--text", default=None, help="file to cut passages from; without it they are sampled from the checkpoint")
-    add("--seed", type=int, default=0, help="of the sampled texts and of the tasks' questions")
+    add("--seed", type=int, default=0, help="of the sampled texts")
     add("--passages", type=at_least(least), default=passages, help="passages, as one batch")
-    add("--prefix", type=at_least(1), default=2048, help="tokens of prompt")
+    add("--prefix", type=at_least(1), default=prefix, help="tokens of prompt")
     add("--length", type=at_least(1), default=length, help="tokens of each passage that are decoded after it")
 
 
 def quality_options(add: Callable) -> dict:
-    text_options(add, passages=24, least=2, length=384)
-    add("--tasks", choices=list(TASKS), nargs="*", default=Values(TASKS), help="of tiny/train.py; none leaves the tasks out")
+    text_options(add, passages=16, least=2, prefix=512, length=3072)
     add("--decoded", type=at_least(0), default=0, help="the last tokens of the prompt to decode one by one: not prefilled")
-    add("--neighbours", choices=NEIGHBOURS, nargs="*", default=Values(NEIGHBOURS), help="to compare with; none leaves them out")
-    add("--ablations", choices=list(ABLATIONS), nargs="*", default=Values(), help="of each window")
-    add("--questions", type=at_least(2), default=24, help="questions of each task")
-    add("--entries", type=at_least(1), default=32, help="lines to remember in each question")
-    return {"passages": 8, "prefix": 1024, "length": 96, "questions": 8, "entries": 12}
+    add("--ablations", choices=list(ABLATIONS), nargs="*", default=Values(), help="to add for each window")
+    add("--neighbours", choices=NEIGHBOURS, nargs="*", default=Values(), help="to compare with")
+    # Two dense layers and a floor of 256 tokens would hide most of the effect in a model of ten layers and in texts this short.
+    sizes = {"passages": 8, "prefix": 1024, "length": 96, "min_tokens": 32, "dense_layers": 0}
+    return sizes | {"windows": Values([2, 4, 8]), "neighbours": Values(NEIGHBOURS)}
 
 
 def exposure_options(add: Callable) -> dict:
-    text_options(add, passages=8, least=1, length=256)
+    text_options(add, passages=8, least=1, prefix=1024, length=128)
     add("--distance", type=at_least(1), default=8, help="steps to look back")
-    return {"passages": 2, "prefix": 512, "length": 64}
+    return {"passages": 2, "prefix": 512, "length": 64, "min_tokens": 32, "dense_layers": 0}
 
 
 def longgen_options(add: Callable):

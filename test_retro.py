@@ -1533,17 +1533,8 @@ def test_kv_share_counts_bounds_and_dense_passes():
 
 
 def quality_arguments(**changes):
-    sizes = dict(
-        text=None,
-        passages=3,
-        prefix=50,
-        length=30,
-        windows=[1, 4],
-        seed=0,
-        decoded=0,
-        neighbours=bench.NEIGHBOURS,
-        ablations=[],
-    )
+    sizes = dict(text=None, passages=3, prefix=50, length=30, windows=[1, 4], seed=0, decoded=0)
+    sizes |= dict(neighbours=bench.NEIGHBOURS, ablations=[])
     return SimpleNamespace(**{**sizes, **changes})
 
 
@@ -1688,37 +1679,6 @@ def scripted(tok, script):
     return model
 
 
-@pytest.mark.parametrize("decoded", [0, 7])
-def test_lines_are_right_at_their_place(decoded):
-    """A line counts where it belongs, whole: one too early, a wrong number or one that is cut off is wrong; also after a
-    question whose end was decoded."""
-    tok, said = Tokenizer.from_checkpoint(TINY), "Ada: 1\nBen: 2\nCarl: 33\nDora: 4\nEa"
-    steps = len(tok.encode(said))
-    model = scripted(tok, [5] * decoded + tok.encode(said))
-    idx, answers = torch.arange(60).view(3, 20), ["Ada: 1\nBen: 2\nCarl: 3\nDora: 4\nEarl: 5\n\n", "Ben: 2\n" * 5, said]
-    decoder = Decoder(model, 3)
-    right = bench.lines_right(decoder, idx, decoded, answers, tok, steps)
-    assert torch.equal(decoder.tokens[:, :20], idx)
-    assert right.tolist() == [[1, 1, 0, 1, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
-    right = bench.lines_right(Decoder(model, 2), idx[:2], decoded, ["Ada: 1\nBen: 3\n", said], tok, steps)
-    close(right, [[1, 0, math.nan, math.nan, math.nan], [1] * 5], 0)
-
-
-@pytest.mark.parametrize("task", ["ledger", "chain"])
-def test_task_questions_fill_the_prompt_up(task):
-    """All of one length, begin_of_text first, the question last; the same seed asks the same."""
-    tok, model = Tokenizer.from_checkpoint(TINY), random_model(max_seq_len=400)
-    args = SimpleNamespace(seed=3, questions=4, entries=5, prefix=300)
-    idx, answers, steps = bench.task_questions(task, args, model, tok)
-    question, answer = bench.TASKS[task](random.Random(3), 5)
-    assert idx.shape == (4, 300) and (idx[:, 0] == tok.bos).all() and len(set(answers)) == 4
-    assert steps == max(len(tok.encode(answer)) for answer in answers)
-    assert tok.decode(idx[0].tolist()).endswith(question) and answers[0] == answer
-    assert torch.equal(idx, bench.task_questions(task, args, model, tok)[0])
-    args.entries = 90
-    refused(lambda: bench.task_questions(task, args, model, tok), f"for 90 entries of {task}, not 300")
-
-
 def test_answers_are_matched_by_their_number():
     """In any order; what follows 'The answer is' before any other number; the first answer to a question counts."""
     text = (
@@ -1800,10 +1760,10 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
         Path(saved[args.split()[0]]).write_text(output)
         return output, json.loads(output.splitlines()[-1])
 
-    sizes = "--passages 2 --prefix 150 --length 10 --windows 2"
-    output, record = run(f"quality {sizes} --questions 2 --entries 2 --neighbours ReSA TOVA")
+    sizes = "--passages 2 --prefix 150 --length 10 --windows 2 --min_tokens 32 --dense_layers 0"
+    output, record = run(f"quality {sizes} --neighbours ReSA TOVA")
     assert record["arguments"]["prefix"] == 150 and record["versions"]["torch"] and record["device"]
-    assert set(record["results"]["tasks"]) == set(bench.TASKS) and "W=2" in output and "ReSA" in output
+    assert list(record["results"]["rows"]) == ["full", "Quest", "W=2", "ReSA", "TOVA"] and "ReSA" in output
     results = run(f"exposure {sizes} --distance 3")[1]["results"]
     assert results["effective_exposure"]["1"] == 1 < results["effective_exposure"]["2"] < 2
     assert all(0 < a + b <= 1 for a, b in results["overlap"].values()) and len(results["overlap"]) == 3
@@ -1817,9 +1777,9 @@ def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
         refused_in_a_line(run_main(bench.main, [*picture, saved["exposure"]], capsys), "pip install matplotlib")
     if importlib.util.find_spec("matplotlib"):
         assert bench.main([*picture, saved["exposure"]]) == 0
-        line, rows = sys.modules["matplotlib.pyplot"].gcf().axes[0].lines[1], record["results"]["text"]["rows"]
+        line, rows = sys.modules["matplotlib.pyplot"].gcf().axes[0].lines[1], record["results"]["rows"]
         assert line.get_label() == "W=2" and list(line.get_ydata()) == pytest.approx(rows["W=2"]["kl_by_position"])
-        assert list(line.get_xdata()) == [(a + b) / 2 for a, b in itertools.pairwise(record["results"]["text"]["positions"])]
+        assert list(line.get_xdata()) == [(a + b) / 2 for a, b in itertools.pairwise(record["results"]["positions"])]
         assert Path(saved["x.png"]).read_bytes()[1:4] == b"PNG"
 
 
@@ -1892,9 +1852,9 @@ def test_decode_sets_whole_steps_beside_the_bytes(measure):
 def test_quick_changes_what_is_not_given():
     """--quick stands for smaller sizes, each of which can still be given, also as what is usual."""
     usual, quick, both = (bench.parse_args(["quality", *x.split()]) for x in ("", "--quick", "--quick --passages 24"))
-    assert (usual.passages, quick.passages, both.passages) == (24, 8, 24)
-    assert usual.length > quick.length == both.length and bench.parse_args(["quality"]).passages == 24
-    for command, option in (("decode", "settings"), ("kernels", "windows"), ("quality", "neighbours"), ("quality", "tasks")):
+    assert (usual.passages, quick.passages, both.passages) == (16, 8, 24)
+    assert usual.length > quick.length == both.length and bench.parse_args(["quality"]).passages == 16
+    for command, option in (("decode", "settings"), ("kernels", "windows"), ("quality", "windows")):
         default = getattr(bench.parse_args([command]), option)  # what --help shows can be typed
         assert getattr(bench.parse_args([command, f"--{option}", *shlex.split(str(default))]), option) == default
 
@@ -1904,18 +1864,15 @@ def test_quick_changes_what_is_not_given():
     ("kernels --settings 1024", "invalid setting value: '1024'"),
     ("kernels --settings 64x1", "settings: must have a context >= 256 and a batch >= 1, not 64x1"),
     ("decode --settings 1024x0", "a batch >= 1, not 1024x0"), ("quality --windows 2 0", "windows: must be >= 1, not 0"),
-    ("quality --passages 1", "passages: must be >= 2, not 1"), ("quality --questions 1", "questions: must be >= 2, not 1"),
+    ("quality --passages 1", "passages: must be >= 2, not 1"), ("longgen --prompts 1", "prompts: must be >= 2, not 1"),
     ("quality --budget 0", r"in \(0, 1\], not 0"), ("quality --dense_layers 99", "dense_layers must be between 0"),
     ("decode --dense_layers 11 --shape tiny", "dense_layers must be between 0 and 10, not 11"),
     ("quality --checkpoint nowhere", "checkpoint nowhere: no such folder"), ("quality --device abacus", "'abacus': unknown"),
     ("quality --text nowhere", "nowhere: No such file"), ("quality --text tiny/consolidated.00.pth", "not UTF-8 at byte"),
-    ("quality --text LICENSE", r"LICENSE has \d+ tokens: 24 passages of 2432 need 58368"),
-    ("quality --prefix 4000 --tasks", "prefix \\+ length must be at most 4095, not 4384"),
+    ("quality --text LICENSE", r"LICENSE has \d+ tokens: 16 passages of 3584 need 57344"),
+    ("quality --prefix 4000", "prefix \\+ length must be at most 4095, not 7072"),
     ("quality --prefix 50 --decoded 50", "decoded must be between 0 and 49, not 50: less than prefix"),
-    ("quality --entries 9999", "entries must be at most [0-9]+, not 9999"),
-    ("quality --prefix 300", "prefix must be at least .* for 32 entries of ledger, not 300"),
-    ("quality --prefix 4000 --length 1", "prefix must be at most 3.* in ledger, not 4000"),
-    ("exposure --distance 256", "distance must be between 1 and length - 1 = 255, not 256"),
+    ("exposure --distance 128", "distance must be between 1 and length - 1 = 127, not 128"),
     ("longgen --questions nowhere --examples LICENSE --out x", "LICENSE: line 1 is not a question"),
     ("longgen --questions LICENSE --examples nowhere --out x", "nowhere: No such file"),
     ("longgen --questions LICENSE --examples LICENSE --out README.md", "README.md: exists"),
