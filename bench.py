@@ -713,7 +713,7 @@ def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
     where = torch.cuda.get_device_name() if gpu else "No GPU: on the CPU, with the PyTorch reference"
     dtype = torch.bfloat16 if gpu else torch.float32
     print(f"{where}; shape {args.shape}, {dtype}; memory, GB/s:", *(f"{name} {x / 1e9:.0f}" for name, x in rates.items()))
-    return replace(SHAPES[args.shape], max_seq_len=max(context for context, _ in args.settings)), dtype, rates
+    return replace(SHAPES[args.shape], max_seq_len=max(context for context, _ in args.settings)).shard(), dtype, rates
 
 
 def fits(layers: int, nbytes: dict[str, int], what: str) -> bool:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -67,6 +68,27 @@ class LlamaConfig:
             f"dim {self.dim} must be an even multiple of n_head {self.n_head}, or head_size given, and even",
         )
         need(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+
+    def shard(self) -> "LlamaConfig":
+        """What one of several processes holds: its share of the heads, and of the feed-forward's inner values."""
+        n = processes()[1]
+        need(
+            self.n_kv_head % n == self.ffn_dim % n == 0,
+            f"the number of processes must divide the {self.n_kv_head} KV heads and ffn_dim {self.ffn_dim}, not {n}",
+        )
+        return replace(self, n_head=self.n_head // n, n_kv_head=self.n_kv_head // n, ffn_dim=self.ffn_dim // n)
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process and how many there are: several with torch.distributed, which shares the model out."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def sum_of_shards(x: torch.Tensor) -> torch.Tensor:
+    """Each process has the part of x that its own heads, or its share of the feed-forward, add. The sum, in place."""
+    if processes()[1] > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def rope_table(config: LlamaConfig, length: int, device: torch.device | str, dtype: torch.dtype):
@@ -113,7 +135,7 @@ class Attention(nn.Module):
             ).transpose(1, 2)  # (B, T, n_head, hs)
             if retro is not None:
                 retro.prefill(q, k, v)
-        return self.wo(o.flatten(2))
+        return sum_of_shards(self.wo(o.flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -127,7 +149,7 @@ class FeedForward(nn.Module):
     def forward(self, x, ops):
         # A long prompt goes through in pieces, or these inner values would take most of the memory.
         parts = [self.w2(ops.swiglu(self.w13(part))) for part in x.split(8192, dim=1)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return sum_of_shards(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
 
 class Block(nn.Module):
@@ -232,7 +254,8 @@ class Llama(nn.Module):
         """Loads Meta's format (`params.json`, `consolidated.00.pth`) or Hugging Face's (`config.json`, `*.safetensors`).
 
         `max_seq_len` replaces the checkpoint's context. Strict: ValueError names what is missing, foreign or misshapen. (In
-        Meta's format a missing `output.weight` means that the head is the embedding table.)
+        Meta's format a missing `output.weight` means that the head is the embedding table.) With several processes each loads
+        its shard.
         """
         need(isinstance(dtype, torch.dtype), f"dtype must be a torch.dtype as torch.float32, not {dtype!r}")
         config, weights = read_checkpoint(folder)
@@ -245,10 +268,14 @@ class Llama(nn.Module):
         for name in sorted(expected.keys() | found.keys()):
             a, b = expected.get(name, "none: unknown name"), found.get(name, "no such tensor")
             need(a == b, f"checkpoint {folder}: {name} should have shape {a}, the file has {b}")
+        with torch.device("meta"):
+            model = cls(config.shard())
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        theirs = is_hugging_face(folder)
+        theirs, (rank, n) = is_hugging_face(folder), processes()
         for name, w in model.weights().items():
             source = weights.pop(name)  # dropped after it is copied: a file's memory map goes with its last tensor
+            if w.shape != source.shape:  # rows of wq, wk, wv, w1 and w3, columns of wo and w2
+                source = source.chunk(n, dim=int(name.split(".")[-2] in ("wo", "w2")))[rank]
             if theirs and name.split(".")[-2] in ("wq", "wk", "q_norm", "k_norm"):
                 source = pair_neighbours(source, config.head_size)
             w.copy_(source)
@@ -420,6 +447,8 @@ class Decoder:
         token = None
         for _ in range(n):
             token = sample(self.prefill(idx) if token is None else self.step(token))  # (B,)
+            if processes()[1] > 1:
+                dist.broadcast(token, 0)  # the same text everywhere, whatever the rounding and the seed
             if len(stops):
                 token = torch.where(ended, stops[0], token)
                 ended |= torch.isin(token, stops)

@@ -21,6 +21,7 @@ if __name__ == "__main__" and heed is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torch is loaded, which takes seconds: Ctrl-C ends without a traceback
 
 import torch
+import torch.distributed as dist
 
 from model import Decoder, Llama, LlamaConfig, Tokenizer, check_dense_layers, check_prompt, check_sampling, read_checkpoint
 from retro_attention import RetroConfig, Step, need
@@ -63,7 +64,8 @@ def choose_device(name: str) -> torch.device:
     present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     present += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     try:
-        device = torch.device(present[0] if name == "auto" else name)
+        mine = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else present[0]
+        device = torch.device(mine if name == "auto" else name)
     except RuntimeError:
         raise ValueError(f"device {name!r}: unknown; this machine has {', '.join(present)}") from None
     if device.type not in present and f"{device.type}:{device.index or 0}" not in present:
@@ -93,7 +95,7 @@ def load(args: argparse.Namespace) -> tuple[LlamaConfig, Tokenizer, torch.device
     """All about the model but its weights, which take the longest: a mistake is said before they are read."""
     device = choose_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
-    config, tok = read_checkpoint(args.checkpoint)[0], Tokenizer.from_checkpoint(args.checkpoint)
+    config, tok = read_checkpoint(args.checkpoint)[0].shard(), Tokenizer.from_checkpoint(args.checkpoint)
     check_dense_layers(args.dense_layers, config)
     choose_threads(config, device.type)
     return config, tok, device, dtype
@@ -110,11 +112,28 @@ def read_text(path: str, name: str) -> str:
         raise ValueError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
+def join_processes():
+    """If torchrun has started this process: joins the others, and takes a GPU of its own. Only the first speaks, and only the
+    first heeds Ctrl-C, which every one receives: it has a text to end. torchrun ends the others when one has ended."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return
+    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if int(os.environ["RANK"]) > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if gpus:
+        processes = int(os.environ["LOCAL_WORLD_SIZE"])
+        need(processes <= gpus, f"processes: at most {gpus}, one for each GPU of this machine, not {processes}")
+        torch.cuda.set_device(rank)
+    dist.init_process_group()  # NCCL for tensors on a GPU, gloo for others
+
+
 def exit_code(name: str, run: Callable[[], int]) -> int:
     """Runs a command. A mistake of the user's and a lack of memory become one line; other errors are ours: a traceback."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     try:
+        join_processes()
         return run()
     except BrokenPipeError:  # the reader of our stdout has gone: nothing is left to say, not even by Python at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

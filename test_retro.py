@@ -2049,6 +2049,77 @@ def test_interrupt_while_torch_loads():
     assert child.returncode == -signal.SIGINT and not report
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+SHARED = """
+import sys
+import torch
+import sample
+from model import Decoder, Llama, processes
+from retro_attention import RetroConfig
+sample.join_processes()
+torch.set_num_threads(1)
+model = Llama.from_checkpoint(sample.TINY, dtype=torch.float64)
+idx = torch.load(sys.argv[1] + "/idx")
+rank, n = processes()
+retros = [RetroConfig(window=w, min_tokens=32, impl="torch") for w in (1, 2, 8)]
+texts = [model.generate(idx[:, :60], 30, retro, temperature=0) for retro in retros]
+drawn = model.generate(idx[:, :60], 20, temperature=1, seed=rank)
+decoders = [Decoder(model, 2, retro, 100) for retro in retros]
+logits = [torch.stack([d.prefill(idx[:, :60]), *(d.step(token) for token in idx[:, 60:].T)], 1) for d in decoders]
+weights = {name: w.clone() for name, w in model.weights().items()}
+torch.save((n, texts, drawn, logits, weights), f"{sys.argv[1]}/{rank}")
+"""
+
+
+def torchrun(n, *args, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TINY.parent), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_two_processes_are_one(tmp_path):
+    """Each holds half of the heads; texts, logits, and the weights put together again are those of a single process. The first
+    one's token is everybody's, whatever the seeds."""
+    model, idx = Llama.from_checkpoint(TINY, dtype=torch.float64), torch.randint(4096, (2, 100))
+    torch.save(idx, tmp_path / "idx")
+    (tmp_path / "shared.py").write_text(SHARED)
+    child = torchrun(2, tmp_path / "shared.py", tmp_path)
+    assert child.wait(timeout=200) == 0, child.stderr.read().decode()
+    (n, texts, drawn, logits, first), (_, *others, second) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    assert n == 2 and torch.equal(drawn, others[1]) and all(map(torch.equal, texts, others[0]))
+    for w, text, found in zip((1, 2, 8), texts, logits, strict=True):
+        retro = RetroConfig(window=w, min_tokens=32, impl="torch")
+        assert torch.equal(text, model.generate(idx[:, :60], 30, retro, temperature=0))
+        close(found, decode(model, retro, idx, 60)[0], 1e-10)
+    for name, w in model.weights().items():
+        dims = [dim for dim in range(w.ndim) if first[name].shape[dim] < w.shape[dim]]
+        whole = torch.cat((first[name], second[name]), dims[0]) if dims else first[name]
+        assert torch.equal(whole, w) and (dims or torch.equal(first[name], second[name])), name
+        assert bool(dims) == (name.split(".")[-2] in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"))
+
+
+def test_processes_that_do_not_divide_the_heads_are_refused_once():
+    """By the first process alone, and none hangs."""
+    child = torchrun(3, TINY.parent / "sample.py", "--device", "cpu")
+    out, error = child.communicate(timeout=100)
+    message = "sample.py: error: the number of processes must divide the 2 KV heads and ffn_dim 896, not 3"
+    assert child.returncode == 1 and not out and error.decode().count(message) == 1
+    assert 'sample.py", line' not in error.decode() and "exitcode  : 2" in error.decode()
+
+
+def test_an_interrupt_of_two_processes_keeps_the_text():
+    """Ctrl-C reaches all of them; the first has a text to end, and none hangs."""
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    args = "--prompt It --max_new_tokens 4000 --temperature 1 --device cpu".split()
+    child = torchrun(2, TINY.parent / "sample.py", *args, preexec_fn=heed, start_new_session=True)
+    text = child.stdout.read(100)
+    os.killpg(child.pid, signal.SIGINT)
+    text += child.communicate(timeout=60)[0]
+    assert text.startswith(b"It") and text.endswith(b"\n")
+
+
 def test_a_long_text_to_the_end_of_the_context():
     """No error at any page's end, every logit finite, and not a byte more in the output cache."""
     model, generator = Llama.from_checkpoint(TINY), torch.Generator().manual_seed(0)
