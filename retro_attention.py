@@ -401,17 +401,20 @@ class RetroAttention:
         """One step of all W rows: q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated, the newest row at
         position t, inside the cache; cos and sin (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs)."""
         cache, ops = self.cache, self.ops
-        pages = last_loaded = None
+        scores = pages = last_loaded = None
         watched = self.hook is not None and not self.dense
         before = past_rows(cache, t) if watched else None
         q = ops.write(q, k, v, cos, sin, cache, t)
         if not self.dense:
-            pages, last_loaded = ops.select(ops.score(q, cache, t), cache, t)
+            scores = ops.score(q, cache, t)
+            pages, last_loaded = ops.select(scores, cache, t)
         o, lse = ops.attend(q, cache, pages, last_loaded, t)
         o = ops.combine(o, lse, cache, t)
         if watched:
-            S = cache.config.pages_selected(int(t))  # the kernels' lists have unused places at their end
-            self.hook(Step(int(t), pages[..., :S], last_loaded[..., :S], before, past_rows(cache, t)))
+            # The kernels' lists have unused places at their ends.
+            S, held = cache.config.pages_selected(int(t)), int(t) // cache.config.page_size + 1
+            after = past_rows(cache, t)
+            self.hook(Step(int(t), scores[..., :held], pages[..., :S], last_loaded[..., :S], before, after))
         return o
 
 
@@ -449,6 +452,7 @@ class Step:
     """What one decode step did in one sparse layer. `RetroAttention.hook` is called with it; `sample.py --trace` draws it."""
 
     t: int  # position of the newest row; those of the past rows are t-R .. t-1
+    scores: torch.Tensor  # (B, n_kv_head, pages held)
     pages: torch.Tensor  # (B, n_kv_head, S) int32: the pages loaded, ascending
     last_loaded: torch.Tensor  # (B, n_kv_head, S) int32: the step that loaded each before, as `select` found it
     before: PastRows  # as the step before left them

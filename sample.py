@@ -6,6 +6,8 @@ success, 2 with one line on a mistake in the arguments or the checkpoint, 130 af
 """
 
 import argparse
+import json
+import math
 import os
 import re
 import signal
@@ -388,6 +390,60 @@ class Trace:
         return lines
 
 
+class Recorder:
+    """What each step does to the first text in all sparse layers, as a page to step through: assets/viewer.html with the run
+    written into it. It is the hook of these layers."""
+
+    most = 200  # steps, so that the page of tiny/ stays below 5 MB
+
+    def __init__(self, decoder: Decoder, tok: Tokenizer, prompt_len: int, path: Path):
+        self.decoder, self.tok, self.prompt_len, self.path, self.steps = decoder, tok, prompt_len, path, {}
+        for i, module in enumerate(decoder.layers):
+            if not module.dense:
+                module.hook = partial(self.look, i)
+
+    def look(self, i: int, step: Step) -> None:
+        if step.t >= self.prompt_len + self.most:
+            return
+        cache, ps = self.decoder.layers[i].cache, self.decoder.retro.page_size
+        first = self.decoder.retro.first_window_page(step.t)
+        touched = slice(first, step.t // ps + 1)  # by `write`
+        width = (cache.k_max[0, :, touched].double() - cache.k_min[0, :, touched].double()).mean(dim=-1)  # (n_kv_head, pages)
+        names, heads = ("new", "mass", "output", "k", "v"), []
+        for h, changes in enumerate(revisions(step, ps)[:, 0].transpose(0, 1)):  # (5, R)
+            heads.append({name: [rounded(x) for x in values] for name, values in zip(names, changes.tolist(), strict=True)})
+            heads[-1] |= {"pages": step.pages[0, h].tolist(), "scores": [rounded(x) for x in step.scores[0, h].tolist()]}
+            heads[-1]["width"] = {first + j: rounded(x) for j, x in enumerate(width[h].tolist())}
+        self.steps.setdefault(step.t, {})[i] = heads
+
+    def write(self) -> str:
+        """Writes the page, and returns what to say of it. A step that was broken off is left out."""
+        layers = [i for i, module in enumerate(self.decoder.layers) if not module.dense]
+        steps = [{"t": t, "layers": step} for t, step in self.steps.items() if len(step) == len(layers)]
+        if not steps:
+            return f"--trace: nothing to write to {self.path}, there was no decode step"
+        retro = self.decoder.retro
+        run = {"window": retro.window, "page_size": retro.page_size, "budget": retro.budget, "min_tokens": retro.min_tokens}
+        tokens = self.decoder.tokens[0, : steps[-1]["t"] + 1].tolist()
+        run |= {
+            "prompt_len": self.prompt_len,
+            "layers": layers,
+            "tokens": [self.tok.decode([x]) for x in tokens],
+            "steps": steps,
+        }
+        data = json.dumps(run, separators=(",", ":")).replace("<", "\\u003c")  # no text of a model ends the script
+        page = (
+            (Path(__file__).resolve().parent / "assets/viewer.html").read_text(encoding="utf-8").replace(">RUN<", f">{data}<")
+        )
+        self.path.write_text(page, encoding="utf-8")
+        return f"--trace: {len(steps)} steps written to {self.path}, {size(len(page))}"
+
+
+def rounded(x: float) -> float | None:
+    """With four digits; None for what JSON does not know."""
+    return float(f"{x:.4g}") if math.isfinite(x) else None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -409,7 +465,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--window", type=int, default=retro.window, help="rows that a step carries, the new token included: the paper's w")
     add_method_options(add, retro)
     what = "draw what a step loads and revises in one layer and KV head, both from 0, about ten times in a run"
-    add("--trace", nargs="?", const="", metavar="LAYER[:HEAD]", help=f"{what}; alone: the first sparse layer, head 0")
+    page = f"FILE.html: write a page to look at each of the first {Recorder.most} steps, in a browser"
+    trace = f"{what}; alone: the first sparse layer, head 0; {page}"
+    add("--trace", nargs="?", const="", metavar="LAYER[:HEAD]|FILE.html", help=trace)
     return parser.parse_args(argv)
 
 
@@ -463,7 +521,11 @@ def run(args: argparse.Namespace) -> int:
     config, tok, device, dtype = load(args)
     if args.attention == "full":
         retro = replace(retro, window=1, dense_layers=config.n_layer)
-    target = trace_target(args.trace, config, retro) if args.trace is not None else None
+    target, page = None, args.trace is not None and args.trace.endswith(".html")
+    if args.trace is not None:
+        target = trace_target("" if page else args.trace, config, retro)
+    if page:
+        need(Path(args.trace).parent.is_dir(), f"trace {args.trace}: no folder {Path(args.trace).parent}")
     prompt, ids = prompt_ids(args, config, tok)
     # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
     length = min(len(ids) + args.max_new_tokens, config.max_seq_len)
@@ -475,7 +537,8 @@ def run(args: argparse.Namespace) -> int:
     print(memory, file=sys.stderr)
     if args.chat and Path(args.checkpoint).resolve() == TINY:
         print("tiny/ is not an instruct model: --chat means nothing to it", file=sys.stderr)
-    trace = target and Trace(decoder, tok, len(ids), length - len(ids), *target)
+    recorder = Recorder(decoder, tok, len(ids), Path(args.trace)) if page else None
+    trace = Trace(decoder, tok, len(ids), length - len(ids), *target) if target and not page else None
     if trace:
         print("\n".join(trace.legend()), file=sys.stderr)
     texts, start = [TextStream(tok, ids) for _ in range(args.num_samples)], time.perf_counter()
@@ -483,6 +546,8 @@ def run(args: argparse.Namespace) -> int:
     if len(made) == config.max_seq_len - len(ids):
         print(f"The context of {config.max_seq_len} tokens is full.", file=sys.stderr)
     lines = (trace.summary() if trace else []) + report(decoder, len(ids), start, made)
+    if recorder:
+        lines.append(recorder.write())
     print("\n".join(lines), file=sys.stderr)
     return code
 

@@ -8,6 +8,7 @@ taken when each key was first seen. Two outputs over disjoint key sets are then 
 
 import base64
 import copy
+import html
 import importlib.util
 import io
 import itertools
@@ -17,6 +18,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -2006,7 +2008,7 @@ def test_the_end_of_the_context(capsys, monkeypatch):
     ("--prompt FILE:tiny/consolidated.00.pth", "not UTF-8 at byte"),
     ("--device abacus", "device 'abacus': unknown"), ("--device cuda:77", "device 'cuda:77': not on this machine"),
     ("--trace 1:99", "trace must be .* not '1:99'"), ("--trace --attention full", "all 10 layers are dense"),
-    ("--trace --dense_layers 10", "all 10 layers are dense"),
+    ("--trace --dense_layers 10", "all 10 layers are dense"), ("--trace nowhere/x.html", "nowhere/x.html: no folder nowhere"),
 ])  # fmt: skip
 def test_a_mistake_is_one_clear_line(capsys, monkeypatch, unloaded, options, message):
     """It names the value and what is allowed, before the weights are read."""
@@ -2149,7 +2151,7 @@ def test_the_revisions_of_a_step_against_brute_force():
         layer.hook = steps.append
         if t == 20:  # the first step went unseen
             continue
-        revised = sample.revisions(steps[-1], 8)  # (5, n_kv_head, 3)
+        revised = sample.revisions(steps[-1], 8)[:, 0]  # (5, n_kv_head, 3) of the first text
         assert steps[-1].t == t and (revised[3:] == 0).all()  # this layer's K and V are held fixed
         for h, row in itertools.product(range(2), range(t - 3, t)):
             states = []
@@ -2186,14 +2188,14 @@ def test_a_hook_sees_what_is_overwritten_and_changes_nothing(prompt_len):
             recorded = (step.before.k, step.before.v, step.after.k, step.after.v)
             assert all(torch.equal(a, b) for a, b in zip(recorded, [*found[i], *past(i)], strict=True))
             for before, after, moved in zip(found[i], past(i), sample.revisions(step, 8)[3:], strict=True):
-                length = (before[0].numpy() ** 2).sum(-1)
-                close(moved, np.sqrt(((after - before)[0].numpy() ** 2).sum(-1) / length), 1e-12)
+                length = (before.numpy() ** 2).sum(-1)
+                close(moved, np.sqrt(((after - before).numpy() ** 2).sum(-1) / length), 1e-12)
     assert not steps[0] and max(sample.revisions(step, 8)[3:].max() for step in steps[2]) > 0.01
 
 
 def test_marks_of_pages():
     """Five pages of 8 by hand: page 0 was loaded long ago, 2 and 4 by the step before; page 4 begins at token 32."""
-    step = retro_attention.Step(33, torch.tensor([[[0, 2, 4]]]), torch.tensor([[[10, 32, 32]]]), None, None)
+    step = retro_attention.Step(33, None, torch.tensor([[[0, 2, 4]]]), torch.tensor([[[10, 32, 32]]]), None, None)
     assert ["".join(sample.mark_pages(step, 0, row, 8)) for row in (33, 32, 31)] == ["#.#.#", "+.-.-", "+.-. "]
 
 
@@ -2211,7 +2213,7 @@ def test_pictures_of_a_long_context_fit_the_screen(capsys):
     before, after = (retro_attention.PastRows(kv, kv, out, lse + i) for i in range(2))
     overwritten = retro_attention.PastRows(kv * (1 + torch.arange(7) / 100)[:, None], kv * 0.75, out, lse)
     for i in range(3, 32):
-        layers[i].hook(retro_attention.Step(t, pages, last_loaded, before, overwritten if i == 31 else after))
+        layers[i].hook(retro_attention.Step(t, None, pages, last_loaded, before, overwritten if i == 31 else after))
     lines = [*trace.legend(), *capsys.readouterr().err.split("\n"), *trace.summary()]
     assert max(map(len, lines)) <= 100
     rows = [re.fullmatch(r"(t\S*) +'.{9} \|(.{44})\|(.*)", line) for line in lines if re.match(r"t(-\d)? +'", line)]
@@ -2243,6 +2245,76 @@ def test_both_implementations_give_the_same_picture(capsys):
     )
     assert strips == wanted and strips.count("\nposition ") == 2 and "+" in strips
     close(numbers, wanted_numbers, 0.011)  # rounded in print: the last digit may differ by one
+
+
+def recorded(path):
+    """The run that a page holds."""
+    return json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
+
+
+def test_both_implementations_give_the_same_page(tmp_path):
+    model, tok, runs = shipped_model(), Tokenizer.from_checkpoint(TINY), []
+    idx = torch.tensor([tok.encode(retro_attention.__doc__, bos=True)[:150]], device=DEVICE)
+    config = RetroConfig(page_size=4, budget=0.2, min_tokens=32, window=3, dense_layers=model.config.n_layer - 2)
+    for impl in ("triton", "torch"):
+        decoder = Decoder(model, 1, replace(config, impl=impl), max_seq_len=300)
+        recorder = sample.Recorder(decoder, tok, 150, tmp_path / "run.html")
+        list(decoder.stream(idx, 4, temperature=0))
+        assert "3 steps" in recorder.write()
+        runs.append(recorded(tmp_path / "run.html"))
+    assert runs[0]["tokens"] == runs[1]["tokens"] and len(runs[0]["steps"]) == 3
+    for found, wanted in zip(*(run["steps"] for run in runs), strict=True):
+        for i, layer in found["layers"].items():
+            for a, b in zip(layer, wanted["layers"][i], strict=True):
+                assert a["pages"] == b["pages"] and a["new"] == b["new"] and a["width"].keys() == b["width"].keys()
+                close(a["scores"] + list(a["width"].values()), b["scores"] + list(b["width"].values()), 0.2)  # of four digits
+                close([a[x] for x in ("mass", "output", "k", "v")], [b[x] for x in ("mass", "output", "k", "v")], 1e-4)
+
+
+PRESS = """<script>
+const found = [];
+onerror = message => found.push(message);
+const text = id => document.getElementById(id).textContent, look = () => found.push(text("where") + "; " + text("chosen"));
+const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+onload = () => {
+  look();
+  for (const key of ["ArrowRight", "ArrowRight"]) { press(key); look(); }
+  const cell = document.querySelector("#attend .row:nth-child(2) .cell.seen");
+  cell.dispatchEvent(new MouseEvent("mouseenter"));
+  found.push(text("reason"));
+  const x = document.createElement("pre"); x.id = "found"; x.textContent = JSON.stringify(found); document.body.append(x);
+};
+</script>"""
+BROWSER = next((path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium: the page is not opened")
+def test_the_page_steps_and_explains(tmp_path, capsys):
+    """In a browser: no error, the arrow key leads on, the pages shown are those that an independent run loads, and a cell says
+    why it is what it is."""
+    args = (
+        "--prompt FILE:LICENSE --max_new_tokens 6 --min_tokens 64 --window 3 --dense_layers 1 --temperature 0 --trace".split()
+    )
+    code, out, report = run_main(sample.main, [*args, str(tmp_path / "run.html")], capsys)
+    assert code == 0 and "5 steps written" in report
+    (tmp_path / "run.html").write_text((tmp_path / "run.html").read_text().replace("</head>", PRESS + "</head>"))
+    quiet = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run --dump-dom".split()
+    page = subprocess.run(
+        [BROWSER, *quiet, f"--user-data-dir={tmp_path}/user", (tmp_path / "run.html").as_uri()],
+        capture_output=True,
+        timeout=120,
+    )
+    found = json.loads(html.unescape(re.search('<pre id="found">(.*?)</pre>', page.stdout.decode())[1]))
+    model, tok, loads = Llama.from_checkpoint(TINY), Tokenizer.from_checkpoint(TINY), []
+    ids = tok.encode(Path("LICENSE").read_text(), bos=True)
+    decoder = Decoder(model, 1, RetroConfig(min_tokens=64, window=3, dense_layers=1))
+    decoder.layers[1].hook = lambda step: loads.append((step.t, step.pages[0, 0].tolist()))
+    list(decoder.stream(torch.tensor([ids]), 4, temperature=0))
+    assert len(loads) == 3 and len(found) == 4, found
+    for i, (line, (t, pages)) in enumerate(zip(found, loads, strict=False), 1):
+        assert line.startswith(f"position t = {t}, step {i} of 5; loaded {len(pages)} of {t // 16 + 1} pages: ")
+        assert line.endswith(": " + " ".join(map(str, pages)))
+    assert re.match(r"Row t-1: last loaded at step \d+, this row stands at \d+: seen\.page \d+, positions", found[3])
 
 
 def test_trace_draws_and_leaves_the_text_alone(capsys):
