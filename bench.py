@@ -240,9 +240,9 @@ class Ablation:
 
 
 class NotLookingBack(Ablation):
-    """Nothing is new to a past row. So this is Quest on the very pages that W rows load, and what else W gains is not due to
-    the pages on top of the budget. (It is also RetroAttention that corrects outputs but overwrites no K and V: a correction
-    reaches the next token on no other way.)"""
+    """Nothing is new to a past row. So this is Quest with as many pages as W rows load, chosen by the same rule, and what else
+    W gains is not due to the pages on top of the budget. (It is also RetroAttention that corrects outputs but overwrites no K
+    and V: a correction reaches later tokens in no other way.)"""
 
     def attend(self, q, cache, pages, last_loaded, t):
         if pages is not None:  # not in prefill
