@@ -276,7 +276,7 @@ ABLATIONS = {"not looking back": NotLookingBack, "one choice": OneChoice, "first
 def methods(retro: RetroConfig, windows: list[int], neighbours: Iterable[str] = (), ablations: Iterable[str] = ()) -> dict:
     """Name -> configuration, None for full attention. Quest is RetroAttention with a window of 1, and nothing else."""
     quest = replace(retro, window=1)
-    out = {"full": None, "Quest": quest}
+    out = {"full": None, "Quest": quest} | dict.fromkeys(["Quest one choice"] * ("one choice" in ablations), quest)
     for w in windows:
         out |= dict.fromkeys([f"W={w}", *(f"W={w} {name}" for name in ablations)], replace(retro, window=w))
     # The neighbours read sets of tokens that the kernels do not know, or more rows at once than they can hold.
@@ -298,7 +298,7 @@ def kv_share(name: str, retro: RetroConfig | None, n_layer: int, steps: range) -
     """KV bytes read by the decode steps at these positions, all layers, as a share of full attention's."""
     if retro is None or not steps:
         return 1.0
-    total = read = 0
+    total = read = again = 0
     for step, t in enumerate(steps, 1):
         held, loaded, bounds = retro.kv_tokens(t)
         dense = held * (step % REFRESH == 0)
@@ -306,7 +306,8 @@ def kv_share(name: str, retro: RetroConfig | None, n_layer: int, steps: range) -
         other |= {"selection reuse": loaded + bounds * (step % 2), "ReSA": loaded + bounds + dense}
         total += held
         read += other.get(name, loaded + bounds)
-    return (read / total * (n_layer - retro.dense_layers) + retro.dense_layers) / n_layer
+        again += dense * (name == "ReSA")  # its passes go through the dense layers as well
+    return (read / total * (n_layer - retro.dense_layers) + (1 + again / total) * retro.dense_layers) / n_layer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -377,9 +378,10 @@ def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], r
     spans = [f"{a + 1}-{b}" for a, b in itertools.pairwise(ends)]
     for method, x in values.items():
         mean, to_quest = x.mean().item(), paired(x, values["Quest"])
-        split = [part.mean(dim=1) for part in x.double().tensor_split(ends[1:-1], dim=1)]  # (B,) each
-        parts, errors = [part.mean().item() for part in split], [part.std().item() / math.sqrt(len(part)) for part in split]
-        rows[method] |= {name: mean, f"{name}_to_quest": to_quest}
+        split = x.tensor_split(ends[1:-1], dim=1)
+        parts, errors = zip(*(paired(part, torch.zeros_like(part)) for part in split), strict=True)
+        part_to_quest = [paired(*both) for both in zip(split, values["Quest"].tensor_split(ends[1:-1], dim=1), strict=True)]
+        rows[method] |= {name: mean, f"{name}_to_quest": to_quest, f"{name}_to_quest_by_position": part_to_quest}
         rows[method] |= {f"{name}_by_position": parts, f"{name}_errors": errors}
         shown[method] = {"KV read": rows[method]["kv_share"], "mean": mean} | dict(zip(spans, parts, strict=True))
         shown[method]["to Quest"] = f"{to_quest[0]:+{form}} ±{to_quest[1]:{form}}"

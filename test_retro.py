@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -1531,7 +1531,9 @@ def test_kv_share_counts_bounds_and_dense_passes():
     steps = [(max(2, -(-(t // 8 + 1) // 4)), t // 8 + 1) for t in range(32, 64)]
     held = sum(h for _, h in steps)
     assert share("RefreshKV", 32) == (sum(s for s, _ in steps[:-1]) + 8) / held
-    assert math.isclose(share("ReSA", 32), (sum(s + h / 8 for s, h in steps) + 8) / held)
+    resa = (sum(s + h / 8 for s, h in steps) + 8) / held
+    assert math.isclose(share("ReSA", 32), resa)
+    assert math.isclose(share("ReSA", 32, replace(retro, dense_layers=1)), (3 * resa + 1 + 8 / held) / 4)
 
 
 def quality_arguments(**changes):
@@ -1567,6 +1569,8 @@ def test_the_table_of_quality_is_what_it_says(monkeypatch, decoded):
     assert table["positions"] == [0, 8, 16, 23, 30]
     part = kl["W=4"][:, 8:16].mean(1)
     close(rows["W=4"]["kl_errors"][1], part.std() / math.sqrt(3), 1e-6)
+    difference = part - kl["Quest"][:, 8:16].mean(1)
+    close(rows["W=4"]["kl_to_quest_by_position"][1], [difference.mean(), difference.std() / math.sqrt(3)], 1e-6)
     args.neighbours, args.ablations, args.windows = ["ReSA"], ["not looking back"], [4]
     rows = bench.text_quality(idx, args, BENCH, model)["rows"]
     assert list(rows) == ["full", "Quest", "W=4", "W=4 not looking back", "ReSA"]
@@ -1602,7 +1606,7 @@ def test_not_looking_back_is_quest_on_the_same_pages(monkeypatch):
     """The control for the window's pages on top of the budget. And a correction that overwrites no key and value is lost."""
     tokens, four = random_tokens(2, 110), replace(BENCH, window=4)
     control = texts_logits("W=4 not looking back", four, tokens)
-    close(control, texts_logits("Quest", PagesOfFour(**vars(BENCH)), tokens), 1e-9)
+    close(control, texts_logits("Quest", PagesOfFour(**asdict(BENCH)), tokens), 1e-9)
     monkeypatch.setitem(bench.ABLATIONS, "outputs only", OutputsOnly)
     close(control, texts_logits("W=4 outputs only", four, tokens), 1e-9)
     assert (control - texts_logits("W=4", four, tokens)).abs().max() > 0.01
@@ -1619,6 +1623,7 @@ def test_the_other_ablations():
     for i in range(20, 90):
         decoder.step(tokens[:, i])
     assert all(torch.equal(pages[:, 0], pages[:, 1]) for pages in chosen)
+    assert "Quest one choice" in bench.methods(BENCH, [4], (), ["one choice"])
     for layers, equal in ((2, True), (3, False)):
         a, b = (texts_logits(name, four, tokens, n_layer=layers) for name in ("W=4 first query", "W=4"))
         assert ((a - b).abs().max() < 1e-9) == equal
