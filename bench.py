@@ -276,7 +276,9 @@ ABLATIONS = {"not looking back": NotLookingBack, "one choice": OneChoice, "first
 def methods(retro: RetroConfig, windows: list[int], neighbours: Iterable[str] = (), ablations: Iterable[str] = ()) -> dict:
     """Name -> configuration, None for full attention. Quest is RetroAttention with a window of 1, and nothing else."""
     quest = replace(retro, window=1)
-    out = {"full": None, "Quest": quest} | dict.fromkeys(["Quest one choice"] * ("one choice" in ablations), quest)
+    out = {"full": None, "Quest": quest}
+    if "one choice" in ablations:  # it changes Quest, too
+        out["Quest one choice"] = quest
     for w in windows:
         out |= dict.fromkeys([f"W={w}", *(f"W={w} {name}" for name in ablations)], replace(retro, window=w))
     # The neighbours read sets of tokens that the kernels do not know, or more rows at once than they can hold.
@@ -306,7 +308,8 @@ def kv_share(name: str, retro: RetroConfig | None, n_layer: int, steps: range) -
         other |= {"selection reuse": loaded + bounds * (step % 2), "ReSA": loaded + bounds + dense}
         total += held
         read += other.get(name, loaded + bounds)
-        again += dense * (name == "ReSA")  # its passes go through the dense layers as well
+        if name == "ReSA":  # its passes go through the dense layers as well
+            again += dense
     return (read / total * (n_layer - retro.dense_layers) + (1 + again / total) * retro.dense_layers) / n_layer
 
 

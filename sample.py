@@ -25,7 +25,17 @@ if __name__ == "__main__" and heed is signal.default_int_handler:
 import torch
 import torch.distributed as dist
 
-from model import Decoder, Llama, LlamaConfig, Tokenizer, check_dense_layers, check_prompt, check_sampling, read_checkpoint
+from model import (
+    Decoder,
+    Llama,
+    LlamaConfig,
+    Tokenizer,
+    check_dense_layers,
+    check_prompt,
+    check_sampling,
+    processes,
+    read_checkpoint,
+)  # fmt: skip
 from retro_attention import RetroConfig, Step, need
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -521,11 +531,9 @@ def run(args: argparse.Namespace) -> int:
     config, tok, device, dtype = load(args)
     if args.attention == "full":
         retro = replace(retro, window=1, dense_layers=config.n_layer)
-    target, page = None, args.trace is not None and args.trace.endswith(".html")
-    if args.trace is not None:
-        target = trace_target("" if page else args.trace, config, retro)
-    if page:
-        need(Path(args.trace).parent.is_dir(), f"trace {args.trace}: no folder {Path(args.trace).parent}")
+    page = args.trace is not None and args.trace.endswith(".html")
+    target = trace_target("" if page else args.trace, config, retro) if args.trace is not None else None
+    need(not page or Path(args.trace).parent.is_dir(), f"trace {args.trace}: no such folder")
     prompt, ids = prompt_ids(args, config, tok)
     # The cache is made for what is asked for, not for the whole context, which can be many gigabytes.
     length = min(len(ids) + args.max_new_tokens, config.max_seq_len)
@@ -537,7 +545,7 @@ def run(args: argparse.Namespace) -> int:
     print(memory, file=sys.stderr)
     if args.chat and Path(args.checkpoint).resolve() == TINY:
         print("tiny/ is not an instruct model: --chat means nothing to it", file=sys.stderr)
-    recorder = Recorder(decoder, tok, len(ids), Path(args.trace)) if page else None
+    recorder = Recorder(decoder, tok, len(ids), Path(args.trace)) if page and processes()[0] == 0 else None
     trace = Trace(decoder, tok, len(ids), length - len(ids), *target) if target and not page else None
     if trace:
         print("\n".join(trace.legend()), file=sys.stderr)

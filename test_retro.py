@@ -2013,7 +2013,7 @@ def test_the_end_of_the_context(capsys, monkeypatch):
     ("--prompt FILE:tiny/consolidated.00.pth", "not UTF-8 at byte"),
     ("--device abacus", "device 'abacus': unknown"), ("--device cuda:77", "device 'cuda:77': not on this machine"),
     ("--trace 1:99", "trace must be .* not '1:99'"), ("--trace --attention full", "all 10 layers are dense"),
-    ("--trace --dense_layers 10", "all 10 layers are dense"), ("--trace nowhere/x.html", "nowhere/x.html: no folder nowhere"),
+    ("--trace --dense_layers 10", "all 10 layers are dense"), ("--trace nowhere/x.html", "nowhere/x.html: no such folder"),
 ])  # fmt: skip
 def test_a_mistake_is_one_clear_line(capsys, monkeypatch, unloaded, options, message):
     """It names the value and what is allowed, before the weights are read."""
