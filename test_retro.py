@@ -2371,6 +2371,21 @@ def test_documented_commands_parse(script, args, capsys):
         assert stop.code == 0, capsys.readouterr().err  # --help
 
 
+def test_the_python_of_the_readme_runs(monkeypatch, capsys):
+    """One block after the other. Its attention module, with a full budget, gives what a prompt of the whole text gives."""
+    monkeypatch.chdir(TINY.parent)
+    blocks, names = re.findall(r"^```python\n(.*?)^```", pages()[0][1], re.MULTILINE | re.DOTALL), {}
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    assert capsys.readouterr().out.count("torch.Size([1, 128])") == 10
+    assert "min_tokens=32" in blocks[2]
+    exec(blocks[2].replace("min_tokens=32", "budget=1.0"), names)
+    ids, newest_output = names["ids"], names["newest_output"]
+    found = newest_output(torch.cat((ids[:, -1:], ids[:, :1]), 1), torch.tensor(210))
+    close(found, newest_output(torch.cat((ids, ids[:, :1]), 1)), 1e-5)
+
+
 def test_names_in_the_documentation_exist():
     """Every file, every step of the method and every `name.name` that the pages point at."""
     assert {script for script, _ in documented_commands()} == {"sample.py", "bench.py", "tiny/train.py"}
