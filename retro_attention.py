@@ -210,8 +210,9 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     """Quest's bound sum_i max(q_i * k_min_i, q_i * k_max_i) of the newest row, summed over the query heads of a KV head.
 
     A head's own bound is never below its largest q.k in the page; the sum only ranks the pages. A positive q_i picks k_max_i
-    and a negative one k_min_i, so the sum over the group moves inside: two dot products per page. q (B, W, n_head, hs), rotated
-    -> (B, n_kv_head, pages held) float.
+    and a negative one k_min_i, so the sum over the group moves inside: two dot products per page. Only the newest row
+    chooses: its logits are what the step is for, and pages chosen by past rows would be read in addition. q (B, W, n_head, hs),
+    rotated -> (B, n_kv_head, pages held) float.
     """
     held, acc = int(t) // cache.k.shape[3] + 1, accumulator(q.dtype)
     newest = q[:, -1].unflatten(1, (cache.k.shape[1], -1)).to(acc)  # (B, n_kv_head, G, hs)
@@ -313,7 +314,9 @@ def merge(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Merges the parts o (N, B, W, n_head, hs), lse (N, B, W, n_head) with each other and with the output cache, in place.
+    """Merges the parts o (N, B, W, n_head, hs), lse (N, B, W, n_head) with each other and with the output cache, in place. In
+    the first sparse layer a row's output is then exact attention over the union of the pages it has seen; above, it
+    approximates that, as q, K and V change meanwhile.
 
     The cache has a slot for each row of the window, position p in slot p % W, so that no row ever moves. Returns the merged
     rows (B, W, n_head, hs) in the dtype of the model.

@@ -2319,7 +2319,7 @@ def test_the_page_steps_and_explains(tmp_path, capsys):
     for i, (line, (t, pages)) in enumerate(zip(found, loads, strict=False), 1):
         assert line.startswith(f"position t = {t}, step {i} of 5; loaded {len(pages)} of {t // 16 + 1} pages: ")
         assert line.endswith(": " + " ".join(map(str, pages)))
-    assert re.match(r"Row t-1: last loaded at step \d+, this row stands at \d+: seen\.page \d+, positions", found[3])
+    assert re.match(r"Row t-1: last loaded at position \d+, this row stands at \d+: seen\.page \d+, positions", found[3])
 
 
 def test_trace_draws_and_leaves_the_text_alone(capsys):
