@@ -389,7 +389,7 @@ def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], r
         shown[method] = {"KV read": rows[method]["kv_share"], "mean": mean} | dict(zip(spans, parts, strict=True))
         shown[method]["to Quest"] = f"{to_quest[0]:+{form}} ±{to_quest[1]:{form}}"
     heads = {"KV read": ".1%", "mean": form, "to Quest": ""} | dict.fromkeys(spans, form)
-    for method in values:  # the same pages without looking back
+    for method in values:  # as many pages, without looking back
         if (control := f"{method} not looking back") in values:
             rows[method][f"{name}_to_control"] = difference, error = paired(values[method], values[control])
             shown[method]["to control"] = f"{difference:+{form}} ±{error:{form}}"
@@ -481,13 +481,12 @@ def revised(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> dict[i
     w, means = max(args.windows), {}
     progress(f"what a step revises: W={w}")
     decoder = Decoder(model, len(idx), replace(retro, window=w), idx.shape[1])
-    for i, layer in enumerate(decoder.layers):
-        if not layer.dense:
 
-            def look(step: Step, seen=means.setdefault(i, [])):
-                seen.append([step.pages.shape[2], *sample.revisions(step, retro.page_size).mean(dim=(1, 2, 3)).tolist()])
+    def look(i: int, step: Step):
+        revisions = sample.revisions(step, retro.page_size).mean(dim=(1, 2, 3))  # (5,)
+        means.setdefault(i, []).append([step.pages.shape[2], *revisions.tolist()])
 
-            layer.hook = look
+    sample.watch(decoder, look)
     walked(decoder, idx, args.prefix)
     return {i: torch.tensor(seen).mean(dim=0).tolist() for i, seen in means.items()}
 

@@ -262,14 +262,12 @@ class Llama(nn.Module):
         if max_seq_len is not None:
             config = replace(config, max_seq_len=max_seq_len)
         with torch.device("meta"):  # no memory and no random numbers for weights that are overwritten
-            model = cls(config)
-        expected = {name: tuple(w.shape) for name, w in model.weights().items()}
+            whole, model = cls(config), cls(config.shard())
+        expected = {name: tuple(w.shape) for name, w in whole.weights().items()}
         found = {name: tuple(w.shape) for name, w in weights.items()}
         for name in sorted(expected.keys() | found.keys()):
             a, b = expected.get(name, "none: unknown name"), found.get(name, "no such tensor")
             need(a == b, f"checkpoint {folder}: {name} should have shape {a}, the file has {b}")
-        with torch.device("meta"):
-            model = cls(config.shard())
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         theirs, (rank, n) = is_hugging_face(folder), processes()
         for name, w in model.weights().items():

@@ -129,14 +129,14 @@ def join_processes():
     first heeds Ctrl-C, which every one receives: it has a text to end. torchrun ends the others when one has ended."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return
-    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    gpus = torch.cuda.device_count()
     if int(os.environ["RANK"]) > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpus:
-        processes = int(os.environ["LOCAL_WORLD_SIZE"])
-        need(processes <= gpus, f"processes: at most {gpus}, one for each GPU of this machine, not {processes}")
-        torch.cuda.set_device(rank)
+        n = int(os.environ["LOCAL_WORLD_SIZE"])
+        need(n <= gpus, f"processes: at most {gpus}, one for each GPU of this machine, not {n}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()  # NCCL for tensors on a GPU, gloo for others
 
 
@@ -308,6 +308,13 @@ def revisions(step: Step, page_size: int) -> torch.Tensor:
     return torch.stack((new.double(), mass, output, key, value))
 
 
+def watch(decoder: Decoder, look: Callable[[int, Step], None]):
+    """`look` becomes the hook of the sparse layers: called with a layer's number and what a step did there."""
+    for i, module in enumerate(decoder.layers):
+        if not module.dense:
+            module.hook = partial(look, i)
+
+
 class Trace:
     """Pictures of what single steps do in one layer and KV head of the first text, and at the end means over all sparse layers.
 
@@ -323,9 +330,7 @@ class Trace:
         self.page_size, self.window = decoder.retro.page_size, decoder.retro.window
         self.step, self.revised = None, {}  # of the token being traced: the Step of `layer`, and all sparse layers' revisions
         self.means = []  # of each traced token: (layers, 6) pages loaded, then the means of the revisions
-        for i, module in enumerate(decoder.layers):
-            if not module.dense:
-                module.hook = partial(self.look, i)
+        watch(decoder, self.look)
 
     def look(self, i: int, step: Step) -> None:
         """The hook of layer i. Draws after the last layer: what a correction does to K and V shows in the layer above."""
@@ -408,9 +413,7 @@ class Recorder:
 
     def __init__(self, decoder: Decoder, tok: Tokenizer, prompt_len: int, path: Path):
         self.decoder, self.tok, self.prompt_len, self.path, self.steps = decoder, tok, prompt_len, path, {}
-        for i, module in enumerate(decoder.layers):
-            if not module.dense:
-                module.hook = partial(self.look, i)
+        watch(decoder, self.look)
 
     def look(self, i: int, step: Step) -> None:
         if step.t >= self.prompt_len + self.most:
@@ -442,9 +445,8 @@ class Recorder:
             "steps": steps,
         }
         data = json.dumps(run, separators=(",", ":")).replace("<", "\\u003c")  # no text of a model ends the script
-        page = (
-            (Path(__file__).resolve().parent / "assets/viewer.html").read_text(encoding="utf-8").replace(">RUN<", f">{data}<")
-        )
+        template = (TINY.parent / "assets/viewer.html").read_text(encoding="utf-8")
+        page = template.replace(">RUN<", f">{data}<")
         self.path.write_text(page, encoding="utf-8")
         return f"--trace: {len(steps)} steps written to {self.path}, {size(len(page))}"
 

@@ -2234,15 +2234,21 @@ def test_pictures_of_a_long_context_fit_the_screen(capsys):
         assert row[3].split() == ([f"{len(new)}", "63.21%", "0.00%", f"{7 - back}.00%", "25.00%"] if back else [])
 
 
-@needs_triton
-def test_both_implementations_give_the_same_picture(capsys):
-    """The kernels leave in the cache what the reference leaves, and their list of pages has room for more than are valid."""
-    model, tok, seen = shipped_model(), Tokenizer.from_checkpoint(TINY), []
+def decoded_by_both():
+    """A decoder through the kernels, then one through the reference, with a tokenizer and the prompt of 150 tokens for each."""
+    model, tok = shipped_model(), Tokenizer.from_checkpoint(TINY)
     idx = torch.tensor([tok.encode(retro_attention.__doc__, bos=True)[:150]], device=DEVICE)
     config = RetroConfig(page_size=4, budget=0.2, min_tokens=32, window=3, dense_layers=model.config.n_layer - 2)
     for impl in ("triton", "torch"):
-        decoder = Decoder(model, 1, replace(config, impl=impl), max_seq_len=300)
-        trace = sample.Trace(decoder, tok, 150, 4, layer=config.dense_layers, head=0)
+        yield tok, idx, Decoder(model, 1, replace(config, impl=impl), max_seq_len=300)
+
+
+@needs_triton
+def test_both_implementations_give_the_same_picture(capsys):
+    """The kernels leave in the cache what the reference leaves, and their list of pages has room for more than are valid."""
+    seen = []
+    for tok, idx, decoder in decoded_by_both():
+        trace = sample.Trace(decoder, tok, 150, 4, layer=decoder.retro.dense_layers, head=0)
         list(decoder.stream(idx, 3, temperature=0))
         seen.append(capsys.readouterr().err + "\n".join(trace.summary()))
     (strips, numbers), (wanted, wanted_numbers) = (
@@ -2257,12 +2263,10 @@ def recorded(path):
     return json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
 
 
+@needs_triton
 def test_both_implementations_give_the_same_page(tmp_path):
-    model, tok, runs = shipped_model(), Tokenizer.from_checkpoint(TINY), []
-    idx = torch.tensor([tok.encode(retro_attention.__doc__, bos=True)[:150]], device=DEVICE)
-    config = RetroConfig(page_size=4, budget=0.2, min_tokens=32, window=3, dense_layers=model.config.n_layer - 2)
-    for impl in ("triton", "torch"):
-        decoder = Decoder(model, 1, replace(config, impl=impl), max_seq_len=300)
+    runs = []
+    for tok, idx, decoder in decoded_by_both():
         recorder = sample.Recorder(decoder, tok, 150, tmp_path / "run.html")
         list(decoder.stream(idx, 4, temperature=0))
         assert "3 steps" in recorder.write()
