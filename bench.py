@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import platform
+import random
 import re
 import shlex
 import statistics
@@ -585,15 +586,25 @@ def read_result(text: str) -> float | None:
 
 def longgen_prompts(args, n: int, context: int, tok: Tokenizer) -> list[tuple[list[int], list[float]]]:
     """The ids of each prompt, and the results of its n questions."""
-    examples, pairs, out = read_questions(args.examples, args.shots), read_questions(args.questions, args.prompts * n), []
-    for i in range(args.prompts):
-        questions = pairs[i * n : (i + 1) * n]
-        ids, most = tok.chat(conversation(examples[: args.shots], questions)), context - args.answer_tokens * n
+    examples, pairs = read_questions(args.examples, args.shots), read_questions(args.questions, args.prompts * n)
+    asked = [pairs[i * n : (i + 1) * n] for i in range(args.prompts)]
+    chosen = [examples[: args.shots]] * args.prompts
+    if args.one_length:  # the examples of a prompt make up for its questions
+        draw = random.Random(0)
+        size = {id(example): len(tok.chat(conversation([example], asked[0]))) for example in examples}  # but for a constant
+        bare = [len(tok.chat(conversation([], questions))) for questions in asked]
+        length = statistics.median_low(bare) + args.shots * round(statistics.mean(size.values()))
+        for i in range(args.prompts):
+            draws = (draw.sample(examples, args.shots) for _ in range(1_000_000))
+            chosen[i] = next((own for own in draws if bare[i] + sum(size[id(x)] for x in own) == length), None)
+            need(chosen[i] is not None, f"one_length: no {args.shots} examples make prompt {i} as long as the others")
+    prompts = [tok.chat(conversation(own, questions)) for own, questions in zip(chosen, asked, strict=True)]
+    most = context - args.answer_tokens * n
+    for ids in prompts:
         need(
             len(ids) <= most, f"n = {n}: the context leaves {most} tokens for a prompt of {len(ids)}: fewer n or answer_tokens"
         )
-        out.append((ids, [pair["result"] for pair in questions]))
-    return out
+    return [(ids, [pair["result"] for pair in questions]) for ids, questions in zip(prompts, asked, strict=True)]
 
 
 def answers(name: str, config, args, model: Llama, tok: Tokenizer, prompts: list[list[int]], most: int) -> Iterator[tuple]:
@@ -665,9 +676,10 @@ def summary(n: int, by_method: dict, args) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # kernels and decode
 
-SHAPES = {  # of Llama 3.1 8B, Llama 3.2 1B, and the checkpoint in tiny/
+SHAPES = {  # of Llama 3.1 8B, Llama 3.2 1B, Qwen 2.5 32B, and the checkpoint in tiny/
     "8b": LlamaConfig(4096, 32, 32, 8, 128_256, 14_336, 131_072, rope_scaling=8.0),
     "1b": LlamaConfig(2048, 16, 32, 8, 128_256, 8_192, 131_072, rope_scaling=32.0, tie_embeddings=True),
+    "32b": LlamaConfig(5120, 64, 40, 8, 152_064, 27_648, 131_072, rope_theta=1e6, qkv_bias=True),
     "tiny": LlamaConfig(384, 10, 6, 2, 4096, 896, 4096, rope_theta=50_000.0, tie_embeddings=True),
 }
 
@@ -1043,6 +1055,7 @@ def longgen_options(add: Callable):
     add("--prompts", type=at_least(2), default=20, help="prompts of each n")
     add("--answer_tokens", type=at_least(1), default=256, help="tokens to generate at most per question")
     add("--batch", type=at_least(1), default=32, help="prompts to answer side by side, if they have the same length")
+    add("--one_length", action="store_true", help="prompts have examples of their own, drawn so that all have the same length")
 
 
 def speed_options(add: Callable, settings: list[Setting], windows: list[int]) -> dict:

@@ -130,9 +130,9 @@ class Attention(nn.Module):
             o = retro.decode(q, k, v, cos, sin, t)  # (B, W, n_head, hs)
         else:
             q, k = apply_rope(q, cos[:T], sin[:T]), apply_rope(k, cos[:T], sin[:T])
-            o = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
-            ).transpose(1, 2)  # (B, T, n_head, hs)
+            # Each KV head repeated for its group: told of groups, torch has only a form that keeps all scores for some dtypes.
+            group = [q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(q.shape[2] // x.shape[2], dim=1) for x in (k, v))]
+            o = F.scaled_dot_product_attention(*group, is_causal=True).transpose(1, 2)  # (B, T, n_head, hs)
             if retro is not None:
                 retro.prefill(q, k, v)
         return sum_of_shards(self.wo(o.flatten(2)))

@@ -1755,6 +1755,28 @@ def test_longgen_asks_single_questions_side_by_side(longgen):
     assert {record["prompt"] for record in records if record["right"][0]} == {2}
 
 
+def test_longgen_makes_prompts_of_one_length(tmp_path):
+    """Each prompt's examples make up for the length of its questions, which stay its own."""
+    tok, words = Tokenizer.from_checkpoint(TINY), "the wind blew and it was a dark night " * 9
+    pairs = [{"question": words[: 7 * i % 90] + f"{i}?", "answer": words[: 11 * i % 170] + f"#### {i}"} for i in range(60)]
+    for name, lines in (("examples", pairs[:40]), ("questions", pairs[40:])):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = f"--examples {tmp_path}/examples --questions {tmp_path}/questions --out x --shots 3 --prompts 5 --one_length"
+    args = bench.parse_args(["longgen", *args.split()])
+    for n in (1, 4):
+        prompts = bench.longgen_prompts(args, n, 3000, tok)
+        assert len({len(ids) for ids, _ in prompts}) == 1
+        assert [results for _, results in prompts] == [[40.0 + i * n + j for j in range(n)] for i in range(5)]
+        texts = [tok.decode(ids) for ids, _ in prompts]
+        assert all(f"{40 + i * n}?" in text and text.count("?") == 3 + n for i, text in enumerate(texts))
+        assert len({text[: text.index("?")] for text in texts}) > 1, "the same examples for all"
+    args.prompts, args.examples = 20, args.questions  # too few to choose from
+    (tmp_path / "questions").write_text("".join(json.dumps(line) + "\n" for line in [*pairs[:3], *pairs[40:57]]))
+    args.shots = 0
+    with pytest.raises(ValueError, match="one_length: no 0 examples make prompt"):
+        bench.longgen_prompts(args, 1, 3000, tok)
+
+
 def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
     """quality and exposure on the shipped checkpoint, and what picture makes of their saved output."""
     (tmp_path / "book").write_text("It was a dark night, and the wind blew. " * 60)
