@@ -16,6 +16,7 @@ Shapes: B passages or questions, L decode steps, T tokens; the rest as in retro_
 
 import argparse
 import copy
+import inspect
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +41,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 import retro_attention
 import sample
-from model import Decoder, Llama, LlamaConfig, Tokenizer
+from model import Decoder, Llama, LlamaConfig, Tokenizer, processes
 from retro_attention import (
     LayerCache,
     RetroConfig,
@@ -888,6 +890,27 @@ def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) ->
     return times(lambda: decoder.step(token), 30), megabytes(decoder)
 
 
+def step_times_of_transformers(shape: LlamaConfig, B: int, context: int, device: str, dtype) -> list[float]:
+    """The same of what one would otherwise run: transformers' Llama, its own cache, its own forward pass; dense."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import LlamaConfig as Config
+
+    config = Config(
+        hidden_size=shape.dim, num_hidden_layers=shape.n_layer, num_attention_heads=shape.n_head, vocab_size=shape.vocab_size,
+        num_key_value_heads=shape.n_kv_head, head_dim=shape.head_size, intermediate_size=shape.ffn_dim,
+        max_position_embeddings=shape.max_seq_len, tie_word_embeddings=shape.tie_embeddings,
+    )  # fmt: skip
+    with torch.device(device):
+        model, cache = AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), DynamicCache(config=config)
+        for i in range(shape.n_layer):
+            cache.update(*torch.randn(2, B, shape.n_kv_head, context - 35, shape.head_size, dtype=dtype), i)
+        token = torch.randint(shape.vocab_size, (B, 1))
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # the older of two names
+    step = partial(model, input_ids=token, use_cache=True, **{name: cache})  # appends to the cache
+    times(step, 5)
+    return times(step, 30)
+
+
 def step_rows(model: Llama, args, context: int, B: int, rate: float) -> list[dict]:
     configs = methods(RetroConfig(dense_layers=args.dense_layers), args.windows)
     ms, memory, rows = {name: [] for name in configs}, {}, []
@@ -896,19 +919,24 @@ def step_rows(model: Llama, args, context: int, B: int, rate: float) -> list[dic
         for name, retro in configs.items():
             new, memory[name] = step_times(model, B, retro, context)
             ms[name] += new
+    if processes()[1] == 1:
+        try:
+            ms["transformers"] = step_times_of_transformers(model.config, B, context, args.device, model.norm.weight.dtype)
+        except (ImportError, torch.OutOfMemoryError) as error:
+            progress(f"transformers: {str(error).splitlines()[0]}")
     ms = {name: statistics.median(x) for name, x in ms.items()}
-    for name, retro in configs.items():
-        nbytes = statistics.mean(step_bytes(model, retro, B, n) for n in range(context - 29, context + 1))
+    for name in ms:
+        nbytes = statistics.mean(step_bytes(model, configs.get(name), B, n) for n in range(context - 29, context + 1))
         seconds = ms[name] / 1e3
         row = {"context": context, "batch": B, "method": name, "ms": ms[name], "tokens/s": B / seconds, "bytes": nbytes}
         row |= {"GB/s": nbytes / seconds / 1e9, "share": nbytes / rate / seconds}
-        rows.append(row | {"full/this": ms["full"] / ms[name], "this/Quest": ms[name] / ms["Quest"]} | memory[name])
+        rows.append(row | {"full/this": ms["full"] / ms[name], "this/Quest": ms[name] / ms["Quest"]} | memory.get(name, {}))
     return rows
 
 
 @torch.inference_mode()
 def decode(args) -> dict:
-    """Milliseconds of whole steps, with random weights and random caches."""
+    """Milliseconds of whole steps, with random weights and random caches; of transformers' too, if it is installed."""
     need(
         args.dense_layers <= SHAPES[args.shape].n_layer,
         f"dense_layers must be between 0 and {SHAPES[args.shape].n_layer}, not {args.dense_layers}",

@@ -146,7 +146,10 @@ def exit_code(name: str, run: Callable[[], int]) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     try:
         join_processes()
-        return run()
+        code = run()
+        if code == 0 and processes()[1] > 1:
+            dist.destroy_process_group()  # NCCL would complain
+        return code
     except BrokenPipeError:  # the reader of our stdout has gone: nothing is left to say, not even by Python at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
