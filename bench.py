@@ -16,6 +16,7 @@ Shapes: B passages or questions, L decode steps, T tokens; the rest as in retro_
 
 import argparse
 import copy
+import functools
 import inspect
 import itertools
 import json
@@ -30,7 +31,6 @@ import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -765,8 +765,30 @@ def layer_bytes(config: RetroConfig, shape: LlamaConfig, B: int, context: int, s
 
 
 KERNELS = ("write", "score", "select", "attend", "combine")
-DENSE = ("flash", "cudnn", "ours")
+DENSE = ("flash", "cudnn", "FlashInfer", "ours")
+OPTIONAL = ("flash", "cudnn", "FlashInfer", "FlashInfer sparse")  # not everywhere, not for every shape
 HEADLINE = (32_768, 2048)  # Quest's: context, tokens selected
+
+
+@functools.cache
+def workspace(device: torch.device) -> torch.Tensor:
+    return torch.empty(2**27, dtype=torch.uint8, device=device)
+
+
+def flashinfer_decode(newest: torch.Tensor, cache: LayerCache, pages: torch.Tensor) -> Callable:
+    """FlashInfer's attention of one row (B, 1, n_head, hs) over pages (B, n_kv_head, S). To FlashInfer each KV head is a text
+    of its own, since each has its own pages. What it plans on the host is not in the time."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    (texts, S), (P, ps, hs) = pages.flatten(0, 1).shape, cache.k.shape[2:]
+    G = newest.shape[2] // pages.shape[1]
+    first = torch.arange(0, (texts + 1) * S, S, dtype=torch.int32)  # of each text, in the list of pages
+    listed = pages.flatten(0, 1) + torch.arange(0, texts * P, P, device=pages.device)[:, None]
+    full = torch.full((texts,), ps, dtype=torch.int32)  # tokens in the last page
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace(newest.device), use_tensor_cores=True)
+    wrapper.plan(first, listed.flatten().int(), full, G, 1, hs, ps, q_data_type=newest.dtype)
+    kv = tuple(x.view(texts * P, ps, 1, hs) for x in (cache.k, cache.v))
+    return functools.partial(wrapper.run, newest.reshape(texts, G, hs), kv)
 
 
 def stages(config: RetroConfig, shape: LlamaConfig, B: int, context: int, device: str, dtype) -> dict[str, Callable]:
@@ -790,6 +812,12 @@ def stages(config: RetroConfig, shape: LlamaConfig, B: int, context: int, device
         with sdpa_kernel(backend):
             scaled_dot_product_attention(newest.transpose(1, 2), key, value, enable_gqa=True)
 
+    @functools.cache  # the first call plans, which a CUDA graph could not hold
+    def flashinfer(pages: torch.Tensor) -> Callable:
+        return flashinfer_decode(newest, cache, pages)
+
+    every = torch.arange(cache.k.shape[2], device=device).expand(B, n_kv_head, -1)
+    loaded = chosen[0][..., : config.pages_selected(context - 1)]
     return {
         "write": lambda: ops.write(q, k, v, angles, angles, cache, t),
         "score": lambda: ops.score(q, cache, t),
@@ -800,6 +828,8 @@ def stages(config: RetroConfig, shape: LlamaConfig, B: int, context: int, device
         "ours": lambda: ops.combine(*ops.attend(newest, alone, None, None, t), alone, t),
         "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
         "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
+        "FlashInfer": lambda: flashinfer(every)(),
+        "FlashInfer sparse": lambda: flashinfer(loaded)(),
     }
 
 
@@ -810,8 +840,8 @@ def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device:
     for name in layers[0]:
         try:
             us[name] = microseconds([layer[name] for layer in layers])
-        except RuntimeError as error:  # SDPA names backends that cannot do it
-            if name not in DENSE:
+        except (RuntimeError, ImportError) as error:
+            if name not in OPTIONAL:
                 raise
             progress(f"{name}: {str(error).splitlines()[0]}")
     floors = {name: nbytes[name] for name in ("score", "attend", "four")} | dict.fromkeys(DENSE, nbytes["dense"])
@@ -841,9 +871,12 @@ def kernels(args) -> dict:
     for r in rows:
         shares = {f"{name} %": 100 * share for name, share in r["share"].items()} | {"MB": r["bytes"]["four"] / 1e6}
         shown[f"{r['context']}x{r['batch']} {r['budget']:.4g} W={r['window']}"] = r | r["us"] | shares
-    forms = dict.fromkeys([*KERNELS, "four", *DENSE], ".1f") | dict.fromkeys(["score %", "attend %", "four %", "ours %"], ".0f")
+    forms = dict.fromkeys([*KERNELS, "four", *DENSE, "FlashInfer sparse"], ".1f") | dict.fromkeys(
+        ["score %", "attend %", "four %", "ours %"], ".0f"
+    )
     title = """Microseconds per layer, and % of what the bytes allow; four: score to combine, with their MB. Dense attention:
-SDPA with flash and cuDNN, and our attend over all pages; the best of these, and ours, in units of four."""
+SDPA with flash and cuDNN, FlashInfer if it is installed, and our attend over all pages; the best of these, and ours, in units
+of four. FlashInfer sparse: its attention of one row over our selection, to be compared with attend and combine."""
     table(title, shown, forms | {"MB": ".1f", "best/four": ".2f", "ours/four": ".2f"})
     return {"memory_rate": rates, "rows": rows}
 
@@ -906,7 +939,7 @@ def step_times_of_transformers(shape: LlamaConfig, B: int, context: int, device:
             cache.update(*torch.randn(2, B, shape.n_kv_head, context - 35, shape.head_size, dtype=dtype), i)
         token = torch.randint(shape.vocab_size, (B, 1))
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # the older of two names
-    step = partial(model, input_ids=token, use_cache=True, **{name: cache})  # appends to the cache
+    step = functools.partial(model, input_ids=token, use_cache=True, **{name: cache})  # appends to the cache
     times(step, 5)
     return times(step, 30)
 

@@ -2092,39 +2092,49 @@ from model import Decoder, Llama, processes
 from retro_attention import RetroConfig
 sample.join_processes()
 torch.set_num_threads(1)
-model = Llama.from_checkpoint(sample.TINY, dtype=torch.float64)
-idx = torch.load(sys.argv[1] + "/idx")
+folder, device, dtype, impl = sys.argv[1:]
+model = Llama.from_checkpoint(sample.TINY, device, getattr(torch, dtype))
+idx = torch.load(folder + "/idx").to(device)
 rank, n = processes()
-retros = [RetroConfig(window=w, min_tokens=32, impl="torch") for w in (1, 2, 8)]
+retros = [RetroConfig(window=w, min_tokens=32, impl=impl) for w in (1, 2, 8)]
 texts = [model.generate(idx[:, :60], 30, retro, temperature=0) for retro in retros]
 drawn = model.generate(idx[:, :60], 20, temperature=1, seed=rank)
 decoders = [Decoder(model, 2, retro, 100) for retro in retros]
 logits = [torch.stack([d.prefill(idx[:, :60]), *(d.step(token) for token in idx[:, 60:].T)], 1) for d in decoders]
 weights = {name: w.clone() for name, w in model.weights().items()}
-torch.save((n, texts, drawn, logits, weights), f"{sys.argv[1]}/{rank}")
+torch.save((n, texts, drawn, logits, weights), f"{folder}/{rank}")
 """
 
 
-def torchrun(n, *args, **options):
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+
+
+def torchrun(n, *args, gpus="", **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *map(str, args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TINY.parent), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TINY.parent), "CUDA_VISIBLE_DEVICES": gpus}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize("device, dtype, impl, tolerance", [
+    ("cpu", "float64", "torch", 1e-10),
+    pytest.param("cuda", "float32", "triton", 1e-4, marks=needs_two_gpus),
+])  # fmt: skip
+def test_two_processes_are_one(tmp_path, device, dtype, impl, tolerance):
     """Each holds half of the heads; texts, logits, and the weights put together again are those of a single process. The first
-    one's token is everybody's, whatever the seeds."""
-    model, idx = Llama.from_checkpoint(TINY, dtype=torch.float64), torch.randint(4096, (2, 100))
+    one's token is everybody's, whatever the seeds. On two GPUs the steps are CUDA graphs, the sums in them too."""
+    model, idx = Llama.from_checkpoint(TINY, device, getattr(torch, dtype)), torch.randint(4096, (2, 100))
     torch.save(idx, tmp_path / "idx")
     (tmp_path / "shared.py").write_text(SHARED)
-    child = torchrun(2, tmp_path / "shared.py", tmp_path)
+    child = torchrun(2, tmp_path / "shared.py", tmp_path, device, dtype, impl, gpus="0,1" if device == "cuda" else "")
     assert child.wait(timeout=200) == 0, child.stderr.read().decode()
-    (n, texts, drawn, logits, first), (_, *others, second) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    load = partial(torch.load, map_location=device)
+    (n, texts, drawn, logits, first), (_, *others, second) = (load(tmp_path / str(rank)) for rank in (0, 1))
     assert n == 2 and torch.equal(drawn, others[1]) and all(map(torch.equal, texts, others[0]))
+    idx = idx.to(device)
     for w, text, found in zip((1, 2, 8), texts, logits, strict=True):
-        retro = RetroConfig(window=w, min_tokens=32, impl="torch")
+        retro = RetroConfig(window=w, min_tokens=32, impl=impl)
         assert torch.equal(text, model.generate(idx[:, :60], 30, retro, temperature=0))
-        close(found, decode(model, retro, idx, 60)[0], 1e-10)
+        close(found.cpu(), decode(model, retro, idx, 60)[0].cpu(), tolerance)
     for name, w in model.weights().items():
         dims = [dim for dim in range(w.ndim) if first[name].shape[dim] < w.shape[dim]]
         whole = torch.cat((first[name], second[name]), dims[0]) if dims else first[name]
