@@ -389,6 +389,7 @@ def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], r
         part_to_quest = [paired(*both) for both in zip(split, values["Quest"].tensor_split(ends[1:-1], dim=1), strict=True)]
         rows[method] |= {name: mean, f"{name}_to_quest": to_quest, f"{name}_to_quest_by_position": part_to_quest}
         rows[method] |= {f"{name}_by_position": parts, f"{name}_errors": errors}
+        rows[method][f"{name}_by_passage"] = x.mean(dim=1).tolist()  # to pair with those of another run
         shown[method] = {"KV read": rows[method]["kv_share"], "mean": mean} | dict(zip(spans, parts, strict=True))
         shown[method]["to Quest"] = f"{to_quest[0]:+{form}} ±{to_quest[1]:{form}}"
     heads = {"KV read": ".1%", "mean": form, "to Quest": ""} | dict.fromkeys(spans, form)
