@@ -370,7 +370,7 @@ def attend_kernel(
         acc = acc * rescale[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         top = new_top
 
-    seen = norm > 0
+    seen = norm > 0  # where nothing is new to a row: o = 0, lse = -inf, which weighs exp(-inf - lse) = 0 in combine
     part = split.to(tl.int64) * tl.num_programs(1) * W * G + row  # (ROWS,) in (splits, B, W, n_head)
     result = acc / tl.where(seen, norm, 1.0)[:, None]  # (ROWS, HS)
     total_lse = tl.where(seen, (top + tl.log2(tl.where(seen, norm, 1.0))) / LOG2E, float("-inf"))  # (ROWS,)

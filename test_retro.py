@@ -2322,7 +2322,7 @@ const text = id => document.getElementById(id).textContent, look = () => found.p
 const press = key => document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 onload = () => {
   look();
-  for (const key of ["ArrowRight", "ArrowRight"]) { press(key); look(); }
+  for (const key of ["Home", "ArrowRight", "ArrowRight"]) { press(key); look(); }
   const cell = document.querySelector("#attend .row:nth-child(2) .cell.seen");
   cell.dispatchEvent(new MouseEvent("mouseenter"));
   found.push(text("reason"));
@@ -2334,8 +2334,8 @@ BROWSER = next((path for name in ("chromium", "google-chrome", "chromium-browser
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium: the page is not opened")
 def test_the_page_steps_and_explains(tmp_path, capsys):
-    """In a browser: no error, the arrow key leads on, the pages shown are those that an independent run loads, and a cell says
-    why it is what it is."""
+    """In a browser: no error, it opens where something is new, the arrow key leads on, the pages shown are those that an
+    independent run loads, and a cell says why it is what it is."""
     args = (
         "--prompt FILE:LICENSE --max_new_tokens 6 --min_tokens 64 --window 3 --dense_layers 1 --temperature 0 --trace".split()
     )
@@ -2348,7 +2348,11 @@ def test_the_page_steps_and_explains(tmp_path, capsys):
         capture_output=True,
         timeout=120,
     )
-    found = json.loads(html.unescape(re.search('<pre id="found">(.*?)</pre>', page.stdout.decode())[1]))
+    opened, *found = json.loads(html.unescape(re.search('<pre id="found">(.*?)</pre>', page.stdout.decode())[1]))
+    new = next(step["t"] for step in recorded(tmp_path / "run.html")["steps"] if any(step["layers"]["1"][0]["new"]))
+    assert opened.startswith(f"step t = {new} (") and new > len(
+        Tokenizer.from_checkpoint(TINY).encode(Path("LICENSE").read_text())
+    )
     model, tok, loads = Llama.from_checkpoint(TINY), Tokenizer.from_checkpoint(TINY), []
     ids = tok.encode(Path("LICENSE").read_text(), bos=True)
     decoder = Decoder(model, 1, RetroConfig(min_tokens=64, window=3, dense_layers=1))
@@ -2356,9 +2360,9 @@ def test_the_page_steps_and_explains(tmp_path, capsys):
     list(decoder.stream(torch.tensor([ids]), 4, temperature=0))
     assert len(loads) == 3 and len(found) == 4, found
     for i, (line, (t, pages)) in enumerate(zip(found, loads, strict=False), 1):
-        assert line.startswith(f"position t = {t}, step {i} of 5; loaded {len(pages)} of {t // 16 + 1} pages: ")
+        assert line.startswith(f"step t = {t} ({i} of 5); loaded {len(pages)} of {t // 16 + 1} pages: ")
         assert line.endswith(": " + " ".join(map(str, pages)))
-    assert re.match(r"Row t-1: last loaded at position \d+, this row stands at \d+: seen\.page \d+, positions", found[3])
+    assert re.match(r"Row t-1: last loaded at step \d+, this row stands at \d+: seen\.page \d+, positions", found[3])
 
 
 def test_trace_draws_and_leaves_the_text_alone(capsys):
