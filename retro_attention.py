@@ -99,9 +99,9 @@ class RetroConfig:
 
     def kv_tokens(self, t: int) -> tuple[int, int, int]:
         """(held, loaded, bounds): what a layer holds after position t, what a sparse step at t loads of it, and what its choice
-        of pages reads, in tokens per KV head, a key and a value each (in bytes: `layer_bytes` in bench.py). Pages count whole, and
-        a page's bounds are as large as one token. A dense layer keeps and reads `held`; a sparse layer keeps held + bounds and
-        reads loaded + bounds.
+        of pages reads, in tokens per KV head, a key and a value each (`layer_bytes` in bench.py says it in bytes). Pages count
+        whole, and a page's bounds are as large as one token. A dense layer keeps and reads `held`; a sparse layer keeps held +
+        bounds and reads loaded + bounds.
         """
         pages = t // self.page_size + 1
         return pages * self.page_size, self.pages_selected(t) * self.page_size, pages
