@@ -1076,9 +1076,6 @@ def setting(text: str) -> Setting:
     return Setting(context, batch)
 
 
-# The options of each command; what is returned is what --quick stands for.
-
-
 def text_options(add: Callable, passages: int, least: int, prefix: int, length: int):
     sample.add_method_options(add, RetroConfig(), dtype="float32")  # bfloat16 rounds by as much as is measured in a small model
     add("--windows", type=at_least(1), nargs="+", default=Values([2, 4, 8, 16]), help="RetroAttention's windows to measure")
@@ -1089,20 +1086,24 @@ def text_options(add: Callable, passages: int, least: int, prefix: int, length: 
     add("--length", type=at_least(1), default=length, help="tokens of each passage that are decoded after it")
 
 
-def quality_options(add: Callable) -> dict:
+# What `quality --quick` stands for. Two dense layers and a floor of 256 tokens would hide most of the effect in a model of ten
+# layers and in texts this short.
+QUICK = {"passages": 8, "prefix": 1024, "length": 96, "min_tokens": 32, "dense_layers": 0}
+QUICK |= {"windows": Values([2, 4, 8]), "neighbours": Values(NEIGHBOURS)}
+
+
+def quality_options(add: Callable):
     text_options(add, passages=16, least=2, prefix=512, length=3072)
+    quick = ", ".join(f"--{option} {x}" for option, x in QUICK.items())
+    add("--quick", action="store_true", help=f"for the checkpoint in tiny/ on a CPU; unless given: {quick}")
     add("--decoded", type=at_least(0), default=0, help="the last tokens of the prompt to decode one by one: not prefilled")
     add("--ablations", choices=list(ABLATIONS), nargs="*", default=Values(), help="to add for each window")
     add("--neighbours", choices=NEIGHBOURS, nargs="*", default=Values(), help="to compare with")
-    # Two dense layers and a floor of 256 tokens would hide most of the effect in a model of ten layers and in texts this short.
-    sizes = {"passages": 8, "prefix": 1024, "length": 96, "min_tokens": 32, "dense_layers": 0}
-    return sizes | {"windows": Values([2, 4, 8]), "neighbours": Values(NEIGHBOURS)}
 
 
-def exposure_options(add: Callable) -> dict:
+def exposure_options(add: Callable):
     text_options(add, passages=8, least=1, prefix=1024, length=128)
     add("--distance", type=at_least(1), default=8, help="steps to look back")
-    return {"passages": 2, "prefix": 512, "length": 64, "min_tokens": 32, "dense_layers": 0}
 
 
 def longgen_options(add: Callable):
@@ -1120,27 +1121,23 @@ def longgen_options(add: Callable):
     add("--one_length", action="store_true", help="prompts have examples of their own, drawn so that all have the same length")
 
 
-def speed_options(add: Callable, settings: list[Setting], windows: list[int]) -> dict:
+def speed_options(add: Callable, settings: list[Setting], windows: list[int]):
     """On a GPU if there is one; else with the PyTorch reference on a few settings, which says little about speed."""
     gpu = torch.cuda.is_available()
     settings = settings if gpu else [Setting(1024, 1), Setting(4096, 1)]
     add("--shape", choices=list(SHAPES) if gpu else ["tiny"], default="8b" if gpu else "tiny", help="a Llama's, or tiny/'s")
     add("--settings", type=setting, nargs="+", default=Values(settings), help="context x batch, as 32768x8")
     add("--windows", type=at_least(1), nargs="+", default=Values(windows), help="W to measure; 1 is Quest")
-    return {"settings": Values([Setting(32_768, 1), Setting(32_768, 8)] if gpu else [Setting(1024, 1)])}
 
 
-def kernels_options(add: Callable) -> dict:
-    settings = [Setting(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)]
-    return speed_options(add, settings, windows=[1, 2, 8]) | {"windows": Values([1, 2])}
+def kernels_options(add: Callable):
+    speed_options(add, [Setting(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)], windows=[1, 2, 8])
 
 
-def decode_options(add: Callable) -> dict:
+def decode_options(add: Callable):
+    speed_options(add, [Setting(k * 1024, B) for k, B in ((32, 1), (128, 1), (32, 8), (64, 8))], windows=[2, 4, 8])
     add("--dense_layers", type=at_least(0), default=0, help="first layers that attend to all; 0: all have the same byte floor")
     add("--rounds", type=at_least(1), default=3, help="times that all methods are measured in turn, 30 steps each")
-    return speed_options(add, [Setting(k * 1024, B) for k, B in ((32, 1), (128, 1), (32, 8), (64, 8))], windows=[2, 4, 8]) | {
-        "rounds": 1
-    }
 
 
 def picture_options(add: Callable):
@@ -1151,21 +1148,17 @@ def picture_options(add: Callable):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = sample.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands, quick = parser.add_subparsers(dest="command", required=True), {}
+    commands = parser.add_subparsers(dest="command", required=True)
     options = (quality_options, exposure_options, longgen_options, kernels_options, decode_options, picture_options)
     for run, add_options in zip((quality, exposure, longgen, kernels, decode, picture), options, strict=True):
-        name = run.__name__
-        sub = commands.add_parser(name, help=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(run.__name__, help=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run)
-        quick[name] = add_options(sub.add_argument)
+        add_options(sub.add_argument)
         if run in (kernels, decode):
             sub.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
-        if quick[name]:
-            smaller = ", ".join(f"--{option} {x}" for option, x in quick[name].items())
-            sub.add_argument("--quick", action="store_true", help=f"unless given: {smaller}")
     args = parser.parse_args(argv)
     if getattr(args, "quick", False):  # what is given goes before
-        commands.choices[args.command].set_defaults(**quick[args.command])
+        commands.choices["quality"].set_defaults(**QUICK)
         args = parser.parse_args(argv)
     return args
 
