@@ -1,4 +1,4 @@
-"""Every number of the documentation: python bench.py quality --text book.txt
+"""The tables of the documentation: python bench.py quality --text book.txt
 
     quality     what sparse decoding costs in fidelity: full attention, Quest, RetroAttention, ablations of it, five neighbours
     exposure    do neighbouring queries want the same pages, and how many pages does a query meet in the end (paper, figure 2)

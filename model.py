@@ -333,8 +333,9 @@ class Decoder:
         self.t = torch.full((), -1, dtype=torch.long, device=weight.device)  # position of the newest token ...
         self.position = -1  # ... and the same number on the host
         # On a GPU a step is hundreds of small kernels. As a CUDA graph they are launched at once; its input is `token`, its
-        # output `newest_logits`. One graph serves every length of the text: the kernels read t on the device, and their grids
-        # are made for a full cache. The reference reads t on the host while it runs, so it cannot be captured.
+        # output `newest_logits`. One graph serves every length of the text: t rises inside it, the kernels read t on the
+        # device, and their grids are made for a full cache. The reference reads t on the host while it runs, so it cannot be
+        # captured.
         self.captures = weight.is_cuda and all(layer.ops is not retro_attention for layer in self.layers)
         self.graph, self.compiled = None, False
         self.token = torch.zeros(batch_size, dtype=torch.long, device=weight.device)  # (B,) the newest token

@@ -106,12 +106,10 @@ class RetroConfig:
         pages = t // self.page_size + 1
         return pages * self.page_size, self.pages_selected(t) * self.page_size, pages
 
-    @functools.cache  # noqa: B019 (it keeps a few numbers alive)
     def most_pages_selected(self, P: int) -> int:
-        """Pages that a KV head loads at most, at any position of a cache of P pages."""
-        # From t to the same place in the next page nothing falls: budget, floor, pages that the window touches. So the
-        # positions of the last page contain the maximum.
-        return max(self.pages_selected(t) for t in range((P - 1) * self.page_size, P * self.page_size))
+        """Pages that a KV head loads at most, at any position of a cache of P pages: where the last one begins. From page to
+        page neither budget nor floor falls, and within a page the window leaves older pages behind."""
+        return self.pages_selected((P - 1) * self.page_size)
 
 
 @dataclass
@@ -310,7 +308,7 @@ def merge(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     o (N, ..., hs), lse (N, ...) -> o (..., hs), lse (...). An empty set, o = 0 and lse = -inf, changes nothing.
     """
     total = lse.logsumexp(dim=0)
-    weight = (lse - total.clamp(min=torch.finfo(lse.dtype).min)).exp()  # (N, ...)
+    weight = (lse - total.clamp(min=torch.finfo(lse.dtype).min)).exp()  # (N, ...) 0, not NaN, where all sets are empty
     return (weight[..., None] * o).sum(dim=0), total
 
 
