@@ -1562,6 +1562,7 @@ def test_the_table_of_quality_is_what_it_says(monkeypatch, decoded):
         kl[name] = (dense.exp() * (dense - sparse)).sum(-1)
         gap = (dense - sparse).gather(2, idx[:, 51:, None])[..., 0]
         close(rows[name]["kl"], kl[name].mean(), 1e-6)
+        close(rows[name]["kl_by_passage"], kl[name].mean(1), 1e-6)
         close(rows[name]["gap"], gap.mean(), 1e-5)
         close(rows[name]["gap_by_position"][1], gap[:, 8:16].mean(), 1e-5)
     difference = (kl["W=4"] - kl["Quest"]).mean(1)
