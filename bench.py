@@ -64,6 +64,11 @@ def progress(text: str):
     print(f"[{time.time() - START:.0f} s] {text}", file=sys.stderr, flush=True)
 
 
+@functools.cache
+def say_once(text: str):
+    progress(text)
+
+
 def table(title: str, rows: dict[str, dict], forms: dict[str, str]):
     """Prints the rows by their names: of each the values whose names are heads of columns, in the format given for them."""
     lines = [["", *forms]]
@@ -844,7 +849,7 @@ def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device:
         except (RuntimeError, ImportError) as error:
             if name not in OPTIONAL:
                 raise
-            progress(f"{name}: {str(error).splitlines()[0]}")
+            say_once(f"{name}: {str(error).splitlines()[0]}")
     floors = {name: nbytes[name] for name in ("score", "attend", "four")} | dict.fromkeys(DENSE, nbytes["dense"])
     share = {name: floors[name] / rate * 1e6 / us[name] for name in floors if name in us}
     best = min(us[name] for name in DENSE if name in us)

@@ -246,6 +246,8 @@ def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, d
         f"{n / 1e6:.1f} M parameters in {str(dtype).removeprefix('torch.')}, {size(weights)}; "
         f"for {B} x {length} tokens {size(kv)} of KV, {size(bounds)} of page bounds, {size(outputs)} of output cache"
     )
+    if processes()[1] > 1:
+        line = f"each of {processes()[1]} processes has: {line}"
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0]
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
