@@ -756,9 +756,8 @@ def fill(cache: LayerCache, t: int):
     for x in (cache.k, cache.v, cache.out, cache.lse):
         if x is not None:
             x.normal_()
-    if cache.k_min is not None:
-        torch.amin(cache.k, dim=3, out=cache.k_min)
-        torch.amax(cache.k, dim=3, out=cache.k_max)
+    if cache.bounds is not None:
+        torch.stack((cache.k.amin(dim=3), cache.k.amax(dim=3)), dim=3, out=cache.bounds)
         cache.last_loaded.random_(t - 2 * cache.config.window, t)
 
 
@@ -907,7 +906,7 @@ def step_bytes(model: Llama, retro: RetroConfig | None, B: int, context: int) ->
 
 def megabytes(decoder: Decoder) -> dict[str, float]:
     """What is in memory: the weights, the parts of the caches, and the GPU's peak since the counter was reset."""
-    parts = {"kv": ("k", "v"), "bounds": ("k_min", "k_max"), "outputs": ("out", "lse")}
+    parts = {"kv": ("k", "v"), "bounds": ("bounds",), "outputs": ("out", "lse")}
     held = {name: [getattr(layer.cache, x) for layer in decoder.layers for x in xs] for name, xs in parts.items()}
     held["weights"] = decoder.model.parameters()
     sizes = {f"{name} MB": sum(x.nbytes for x in tensors if x is not None) / 1e6 for name, tensors in held.items()}

@@ -52,7 +52,7 @@ def write(q, k, v, cos, sin, cache, t: torch.Tensor) -> torch.Tensor:
     n_kv_head, P = cache.k.shape[1:3]
     q_rotated = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     write_kernel[(B, n_head + n_kv_head)](
-        q, k, v, cos, sin, q_rotated, cache.k, cache.v, cache.k_min, cache.k_max, t, *strides, P, n_head, n_kv_head,
+        q, k, v, cos, sin, q_rotated, cache.k, cache.v, cache.bounds, t, *strides, P, n_head, n_kv_head,
         CONFIG=cache.config, ROWS=triton.next_power_of_2(W), HS=hs,
         num_warps=1 if W <= 8 else 4,  # a few rows: more warps would only wait
     )  # fmt: skip
@@ -68,7 +68,7 @@ def rotate(x, cos, sin, ROWS: tl.constexpr, HS: tl.constexpr):
 
 @triton.jit
 def write_kernel(
-    q, k, v, cos, sin, q_rotated, cache_k, cache_v, k_min, k_max, t_ptr, q_stride, k_stride, v_stride, P, n_head, n_kv_head,
+    q, k, v, cos, sin, q_rotated, cache_k, cache_v, bounds, t_ptr, q_stride, k_stride, v_stride, P, n_head, n_kv_head,
     CONFIG: tl.constexpr, ROWS: tl.constexpr, HS: tl.constexpr,
 ):  # fmt: skip
     """q, k = rope(q), rope(k); K[rows], V[rows] = k, v; bounds[touched pages] = min, max of their keys
@@ -106,7 +106,7 @@ def write_kernel(
         tl.store(cache_v + place, tl.load(v + row * v_stride + rest, mask=real[:, None], other=0.0), mask=real[:, None])
 
         # Bounds: the window's keys are in registers, only the page's earlier ones are read: no barrier is needed.
-        if k_min is not None:
+        if bounds is not None:
             for page in range(tl.maximum(t - W + 1, 0) // PS, t // PS + 1):
                 j = page * PS + tl.arange(0, PS)  # (PS,) positions
                 earlier = (j < t - W + 1)[:, None]  # (PS, 1) before the window
@@ -116,9 +116,9 @@ def write_kernel(
                 low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")).to(tl.float32), axis=0))
                 high = tl.max(tl.where(earlier, keys, float("-inf")).to(tl.float32), axis=0)  # (HS,)
                 high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")).to(tl.float32), axis=0))
-                bound = (first_page + page) * HS + i  # (HS,)
-                tl.store(k_min + bound, low.to(x.dtype))
-                tl.store(k_max + bound, high.to(x.dtype))
+                bound = (first_page + page) * 2 * HS + i  # (HS,)
+                tl.store(bounds + bound, low.to(x.dtype))
+                tl.store(bounds + bound + HS, high.to(x.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def score(q: torch.Tensor, cache, t: torch.Tensor) -> torch.Tensor:
     scores = torch.empty(B, n_kv_head, P, device=q.device, dtype=torch.float32)
     PAGES = 32  # small blocks: at batch 1 there must be enough of them to keep every multiprocessor reading
     score_kernel[(B * n_kv_head, triton.cdiv(P, PAGES))](
-        q, cache.k_min, cache.k_max, scores, t, P, n_kv_head,
+        q, cache.bounds, scores, t, P, n_kv_head,
         CONFIG=cache.config, G=n_head // n_kv_head, HS=hs, PAGES=PAGES, **LAUNCH_EARLY,
     )  # fmt: skip
     return scores
@@ -141,10 +141,10 @@ def score(q: torch.Tensor, cache, t: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def score_kernel(
-    q, k_min, k_max, scores, t_ptr, P, n_kv_head,
+    q, bounds, scores, t_ptr, P, n_kv_head,
     CONFIG: tl.constexpr, G: tl.constexpr, HS: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
-    """score_j = sum over the group's q and all i of max(q_i * k_min_ji, q_i * k_max_ji)
+    """score_j = sum over the group's q and all i of max(q_i * min_ji, q_i * max_ji)
 
     Grid (B * n_kv_head, blocks of PAGES pages); blocks beyond the pages held return at once. Reads the bounds of the pages
     held, heads * held * 2 * hs * e bytes; writes heads * held * 4.
@@ -156,18 +156,15 @@ def score_kernel(
     let_the_next_kernel_in()
     page = tl.program_id(1) * PAGES + tl.arange(0, PAGES)  # (PAGES,)
     if tl.program_id(1) * PAGES < held:
-        i = tl.arange(0, HS)
-        up = tl.zeros([HS], dtype=tl.float32)  # what meets the upper bounds: the positive parts of the group's queries
-        down = tl.zeros([HS], dtype=tl.float32)
+        i = tl.arange(0, 2 * HS)  # of the minima, then of the maxima
+        picks = tl.zeros([2 * HS], dtype=tl.float32)  # what meets them: negative, then positive parts of the group's queries
         newest = b * CONFIG.window + CONFIG.window - 1  # row in (B, W)
         for g in tl.static_range(G):
-            x = tl.load(q + ((newest * n_kv_head + h) * G + g) * HS + i).to(tl.float32)  # (HS,)
-            up += tl.maximum(x, 0.0)
-            down += tl.minimum(x, 0.0)
-        tile = (bh * P + page[:, None]) * HS + i[None, :]  # (PAGES, HS)
-        high = tl.load(k_max + tile, mask=(page < held)[:, None], other=0.0).to(tl.float32)
-        low = tl.load(k_min + tile, mask=(page < held)[:, None], other=0.0).to(tl.float32)
-        total = tl.sum(high * up[None, :] + low * down[None, :], axis=1)  # (PAGES,)
+            x = tl.load(q + ((newest * n_kv_head + h) * G + g) * HS + i % HS).to(tl.float32)  # (2 * HS,)
+            picks += tl.where(i < HS, tl.minimum(x, 0.0), tl.maximum(x, 0.0))
+        tile = (bh * P + page[:, None]) * 2 * HS + i[None, :]  # (PAGES, 2 * HS)
+        x = tl.load(bounds + tile, mask=(page < held)[:, None], other=0.0).to(tl.float32)
+        total = tl.sum(x * picks[None, :], axis=1)  # (PAGES,)
         tl.store(scores + bh * P + page, total, mask=page < held)
 
 

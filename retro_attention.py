@@ -122,8 +122,7 @@ class LayerCache:
     config: RetroConfig
     k: torch.Tensor  # (B, n_kv_head, P, ps, hs) rotated keys: one head's pages lie together
     v: torch.Tensor  # (B, n_kv_head, P, ps, hs)
-    k_min: torch.Tensor | None = None  # (B, n_kv_head, P, hs) element-wise minimum of a page's keys
-    k_max: torch.Tensor | None = None  # (B, n_kv_head, P, hs)
+    bounds: torch.Tensor | None = None  # (B, n_kv_head, P, 2, hs) element-wise minimum and maximum of a page's keys
     last_loaded: torch.Tensor | None = None  # (B, n_kv_head, P) int32: exposure mask A; -1: never loaded
     # The output cache, in the dtype that `accumulator` names: the row of position p has slot p % W.
     out: torch.Tensor | None = None  # (B, W, n_head, hs) outputs of the window's rows
@@ -146,8 +145,7 @@ def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_se
     return LayerCache(
         config,
         *kv,
-        k_min=torch.empty(B, n_kv_head, P, hs, **like),
-        k_max=torch.empty(B, n_kv_head, P, hs, **like),
+        bounds=torch.empty(B, n_kv_head, P, 2, hs, **like),
         last_loaded=torch.full((B, n_kv_head, P), -1, device=device, dtype=torch.int32),
         out=torch.zeros(B, config.window, n_head, hs, device=device, dtype=acc),
         lse=torch.full((B, config.window, n_head), -torch.inf, device=device, dtype=acc),
@@ -191,14 +189,14 @@ def store(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> None:
     first, ps = t + 1 - k.shape[1], cache.k.shape[3]
     cache.k.flatten(2, 3)[:, :, first : t + 1] = k.transpose(1, 2)
     cache.v.flatten(2, 3)[:, :, first : t + 1] = v.transpose(1, 2)
-    if cache.k_min is not None:
+    if cache.bounds is not None:
         # Over all keys of the page again. A running minimum would stay a bound, but no longer a tight one: it cannot rise when
         # the key that set it is overwritten.
         touched = slice(first // ps, t // ps + 1)
         keys = cache.k[:, :, touched]  # (B, n_kv_head, pages, ps, hs)
         j = torch.arange(touched.start * ps, touched.stop * ps, device=k.device).view(-1, ps, 1)
-        cache.k_min[:, :, touched] = keys.masked_fill(j > t, torch.inf).amin(dim=3)
-        cache.k_max[:, :, touched] = keys.masked_fill(j > t, -torch.inf).amax(dim=3)
+        cache.bounds[:, :, touched, 0] = keys.masked_fill(j > t, torch.inf).amin(dim=3)
+        cache.bounds[:, :, touched, 1] = keys.masked_fill(j > t, -torch.inf).amax(dim=3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,18 +204,17 @@ def store(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> None:
 
 
 def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Quest's bound sum_i max(q_i * k_min_i, q_i * k_max_i) of the newest row, summed over the query heads of a KV head.
+    """Quest's bound sum_i max(q_i * min_i, q_i * max_i) of the newest row, summed over the query heads of a KV head.
 
-    A head's own bound is never below its largest q.k in the page; the sum only ranks the pages. A positive q_i picks k_max_i
-    and a negative one k_min_i, so the sum over the group moves inside: two dot products per page. Only the newest row
-    chooses: its logits are what the step is for, and pages chosen by past rows would be read in addition. q (B, W, n_head, hs),
-    rotated -> (B, n_kv_head, pages held) float.
+    A head's own bound is never below its largest q.k in the page; the sum only ranks the pages. A positive q_i picks the
+    maximum and a negative one the minimum, so the sum over the group moves inside: one dot product per page, 2 * hs long. Only
+    the newest row chooses: its logits are what the step is for, and pages chosen by past rows would be read in addition.
+    q (B, W, n_head, hs), rotated -> (B, n_kv_head, pages held) float.
     """
     held, acc = int(t) // cache.k.shape[3] + 1, accumulator(q.dtype)
     newest = q[:, -1].unflatten(1, (cache.k.shape[1], -1)).to(acc)  # (B, n_kv_head, G, hs)
-    up, down = newest.clamp(min=0).sum(2), newest.clamp(max=0).sum(2)  # (B, n_kv_head, hs)
-    k_max, k_min = cache.k_max[:, :, :held].to(acc), cache.k_min[:, :, :held].to(acc)
-    return (k_max @ up[..., None] + k_min @ down[..., None]).squeeze(-1)
+    picks = torch.stack((newest.clamp(max=0).sum(2), newest.clamp(min=0).sum(2)), dim=2)  # (B, n_kv_head, 2, hs)
+    return (cache.bounds[:, :, :held].to(acc).flatten(3) @ picks.flatten(2)[..., None]).squeeze(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

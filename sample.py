@@ -426,7 +426,7 @@ class Recorder:
         cache, ps = self.decoder.layers[i].cache, self.decoder.retro.page_size
         first = self.decoder.retro.first_window_page(step.t)
         touched = slice(first, step.t // ps + 1)  # by `write`
-        width = (cache.k_max[0, :, touched].double() - cache.k_min[0, :, touched].double()).mean(dim=-1)  # (n_kv_head, pages)
+        width = cache.bounds[0, :, touched].double().diff(dim=2).mean(dim=(2, 3))  # (n_kv_head, pages)
         names, heads = ("new", "mass", "output", "k", "v"), []
         for h, changes in enumerate(revisions(step, ps)[:, 0].transpose(0, 1)):  # (5, R)
             heads.append({name: [rounded(x) for x in values] for name, values in zip(names, changes.tolist(), strict=True)})

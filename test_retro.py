@@ -222,7 +222,7 @@ def start(model, retro, tokens, prompt_len, fill=math.nan):
     it."""
     decoder = Decoder(model, len(tokens), retro, max_seq_len=min(model.config.max_seq_len, tokens.shape[1] + 40))
     for layer in decoder.layers:
-        for x in (layer.cache.k, layer.cache.v, layer.cache.k_min, layer.cache.k_max):
+        for x in (layer.cache.k, layer.cache.v, layer.cache.bounds):
             if x is not None:
                 x.fill_(fill)
     return decoder, decoder.prefill(tokens[:, :prompt_len]) if prompt_len else None
@@ -306,8 +306,8 @@ def test_bounds_hold_and_are_tight_after_every_overwriting_step():
             keys, total = by_position(cache)[0][:, :, : t + 1].numpy(), np.zeros((2, 2, t // 8 + 1))
             for g, j in np.ndindex(3, t // 8 + 1):  # the query heads of a KV head: 0 .. 2 share the first
                 one, page = q[:, 0, g::3].numpy(), keys[:, :, j * 8 : j * 8 + 8]  # (B, n_kv_head, hs)
-                close(cache.k_min[:, :, j], page.min(2), 0)
-                close(cache.k_max[:, :, j], page.max(2), 0)
+                close(cache.bounds[:, :, j, 0], page.min(2), 0)
+                close(cache.bounds[:, :, j, 1], page.max(2), 0)
                 bound = np.maximum(one * page.min(2), one * page.max(2)).sum(-1)
                 assert (np.einsum("bhd,bhkd->bhk", one, page) <= bound[..., None] + 1e-12).all()
                 total[:, :, j] += bound
@@ -623,7 +623,7 @@ def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
     """
     gen = torch.Generator().manual_seed(seed)
     cache = retro_attention.new_cache(config, False, B, n_kv_head * G, n_kv_head, hs, t + 20, "cpu", dtype)
-    for x in (cache.k, cache.v, cache.k_min, cache.k_max):
+    for x in (cache.k, cache.v, cache.bounds):
         x.fill_(torch.nan)
     if t > 0:
         store(*(torch.randn(B, t, n_kv_head, hs, generator=gen).to(dtype) for _ in "kv"), cache, t - 1)
@@ -634,7 +634,7 @@ def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
     cache.out.normal_(generator=gen)
     cache.lse.normal_(generator=gen)
     cache.lse[:, 0] = -torch.inf  # one row has seen nothing so far
-    for name in ("k", "v", "k_min", "k_max", "last_loaded", "out", "lse", "totals"):
+    for name in ("k", "v", "bounds", "last_loaded", "out", "lse", "totals"):
         setattr(cache, name, getattr(cache, name).to(DEVICE))
     return cache, torch.tensor(t, device=DEVICE), gen
 
@@ -642,7 +642,7 @@ def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
 def in_float64(cache):
     """A copy for the reference to work on: the oracle of a kernel is its twin in float64, on the kernel's own inputs."""
     cache = copy.deepcopy(cache)
-    for name in ("k", "v", "k_min", "k_max", "out", "lse"):
+    for name in ("k", "v", "bounds", "out", "lse"):
         setattr(cache, name, getattr(cache, name).double())
     return cache
 
@@ -661,7 +661,7 @@ def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget):
     q = kernels.write(q, k, v, angles.cos(), angles.sin(), cache, position)
     real = slice(max(0, W - 1 - t), None)  # rows before the start are nobody's
     assert_close(q[:, real], wanted[:, real], dtype, "write: q")
-    for name, n in (("k", t + 1), ("v", t + 1), ("k_min", held), ("k_max", held)):
+    for name, n in (("k", t + 1), ("v", t + 1), ("bounds", 2 * held)):
         found, wanted = (getattr(c, name).flatten(2, -2) for c in (cache, twin))
         assert_close(found[:, :, :n], wanted[:, :, :n], dtype, f"write: {name}")
         assert found[:, :, n:].isnan().all(), f"write: {name} after position t"
@@ -671,7 +671,7 @@ def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget):
     error = (scores[:, :, :held] - retro_attention.score(q.double(), twin, position)).abs()
     # The terms of a score cancel: a rounding error is small against the sum of their sizes, not against the score.
     q_sizes = q[:, -1:].abs().view(B, n_kv_head, G, hs).sum(2, True)
-    sizes = torch.maximum(twin.k_min.abs(), twin.k_max.abs())[:, :, :held] * q_sizes
+    sizes = twin.bounds.abs().amax(dim=3)[:, :, :held] * q_sizes
     assert (error <= 2e-6 * sizes.sum(-1)).all(), "score"
 
     scores[:, :, held:] = torch.nan
@@ -1513,7 +1513,7 @@ def test_resa_repairs_the_cache(monkeypatch, dense_layers):
         assert torch.allclose(found, wanted, rtol=0, atol=1e-10) == (t % 8 == 0)  # 48, 56, ...: eight steps each
         for layer in decoders[0].layers[dense_layers:] if t % 8 == 0 else ():
             keys = by_position(layer.cache)[0][:, :, t // 8 * 8 : t + 1]
-            assert torch.equal(layer.cache.k_max[:, :, t // 8], keys.amax(2))
+            assert torch.equal(layer.cache.bounds[:, :, t // 8, 1], keys.amax(2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
