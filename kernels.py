@@ -211,17 +211,17 @@ def select_kernel(
     Grid (B * n_kv_head,): a program has all scores of one KV head. Reads at most heads * held * 4 bytes each of scores and
     of A, writes heads * count * 12, with count = pages_selected(t).
 
-    An example with six pages held. Page 5 is the window's own and always loaded; `rest` = 2 of the others are to be chosen:
+    An example with six pages held, of which count = 3 are to be chosen. Page 5 is the window's own and always loaded: it ranks
+    above all others.
 
         page      0    1    2    3    4    5
-        score   1.5  0.2  7.0  1.5 -3.0
-        rank     40   30   50   40   10    0      integers in the order of the scores (small ones here; they have 32 bits)
+        score   1.5  0.2  7.0  1.5 -3.0    *
+        rank     40   30   50   40   10   99      integers in the order of the scores (small ones here; they have 32 bits)
 
-    At least 2 ranks reach low = 10, none reaches high = 51. Between them a = 23 and b = 36 are reached by 4 and 3 ranks: now
-    low = 36. Then a = 41 and b = 46 are reached by 1 and 1: high = 41. The search ends at low = 40, high = 41. Three ranks
-    reach 40, one too many, and no threshold can part the two that are equal. Page 2 is above 40, so there is room for one of
-    the two: page 0, the lower. Chosen are pages 0, 2 and 5. A page's slot in the list is the number of chosen
-    pages before it: 0, 1, 2.
+    At least 3 ranks reach low = 10, fewer reach high = 51. Between them a = 23 and b = 36 are reached by 5 and 4 ranks: now
+    low = 36. Then a = 41 and b = 46 are reached by 2 and 2: high = 41. The search ends at low = 40, high = 41. Four ranks reach
+    40, one too many, and no threshold can part the two that are equal. 2 ranks reach 41, so there is room for one of the two:
+    page 0, the lower. Chosen are pages 0, 2 and 5. A page's slot in the list is the number of chosen pages before it: 0, 1, 2.
     """
     PS: tl.constexpr = CONFIG.page_size
     bh = tl.program_id(0).to(tl.int64)
@@ -229,7 +229,6 @@ def select_kernel(
     count = pages_selected(t64, CONFIG).to(tl.int32)
     t = t64.to(tl.int32)  # all that follows fits 32 bits, in which a GPU computes fastest
     held, first = t // PS + 1, first_window_page(t, CONFIG)
-    rest = count - (held - first)  # pages before the window to choose
     page = tl.arange(0, N)  # (N,)
     # These tables were last written by the step before; the scores by the kernel before.
     before = tl.load(cache_last_loaded + bh * P + page, mask=page < held, other=0)  # (N,) the last load of each page
@@ -240,31 +239,32 @@ def select_kernel(
     # A positive float's bits, read as an integer, rise with it, a negative one's fall. -0.0 counts as 0.0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     rank = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
-    rank = tl.where(page < first, rank, 0).to(tl.uint32)
+    rank = tl.where(page < first, rank, tl.where(page < held, 0xFFFFFFFF, 0)).to(tl.uint32)
 
-    # At least `rest` ranks reach `low`, fewer than that reach `high` (none where `rest` is 0). Two thresholds between them are
-    # tried at once, their counts side by side in one integer, so that one sum over the threads narrows the gap to a third (13.2
-    # us at 8,192 pages, where halving takes 15.2: one H100). The counts fit, as the smallest rank reaches neither threshold.
-    # Done when exactly `rest` ranks reach `low`, or only equal ones are left.
+    # `reached` ranks reach `low`, at least `count`; `above` reach `high`, fewer than that (as many if no page but the window's is
+    # to be chosen). Two thresholds between them are tried at once, their counts side by side in one integer, so that one sum
+    # over the threads narrows the gap to a third (13.2 us at 8,192 pages, where halving takes 15.2: one H100). The counts fit, as
+    # the smallest rank reaches neither threshold. Done when exactly `count` ranks reach `low`, or only equal ones are left.
     BITS: tl.constexpr = 16 if N < 65536 else 32
     BOTH: tl.constexpr = tl.int32 if N < 65536 else tl.int64
-    low = tl.min(tl.where(page < first, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
-    high = tl.max(rank, axis=0) + 1
-    reached = first
-    while (reached != rest) & (high > low + 1):
+    low = tl.min(tl.where(page < held, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
+    high = tl.max(tl.where(page < first, rank, 0).to(tl.uint32), axis=0) + 1
+    reached, above = held, held - first
+    while (reached != count) & (high > low + 1):
         third = tl.maximum((high - low) // 3, 1)
         a, b = low + third, low + 2 * third
         both = tl.sum((rank >= a).to(BOTH) + ((rank >= b).to(BOTH) << BITS), axis=0)
         at_a, at_b = (both & ((1 << BITS) - 1)).to(tl.int32), (both >> BITS).to(tl.int32)
-        high = tl.where(at_b >= rest, high, tl.where(at_a >= rest, b, a))
-        low = tl.where(at_b >= rest, b, tl.where(at_a >= rest, a, low))
-        reached = tl.where(at_b >= rest, at_b, tl.where(at_a >= rest, at_a, reached))
+        if at_b >= count:
+            low, reached = b, at_b
+        elif at_a >= count:
+            low, reached, high, above = a, at_a, b, at_b
+        else:
+            high, above = a, at_a
     chosen = rank >= low
-    if reached > rest:  # of equal ranks, the lower pages
+    if reached > count:  # of equal ranks, the lower pages
         tied = rank == low
-        room = rest - tl.sum((rank > low).to(tl.int32), axis=0)
-        chosen = (rank > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
-    chosen = (chosen & (page < first)) | ((page >= first) & (page < held))
+        chosen = (rank > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= count - above))
     # A page's slot is the number of chosen pages before it: those in its own row of LANES pages and those of the rows above.
     # One cumsum over all N would hand partial sums from thread to thread through the whole program.
     LANES: tl.constexpr = 32 if N >= 32 else N
