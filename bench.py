@@ -17,6 +17,7 @@ Shapes: B passages or questions, L decode steps, T tokens; the rest as in retro_
 import argparse
 import copy
 import functools
+import importlib.util
 import inspect
 import itertools
 import json
@@ -24,7 +25,6 @@ import math
 import platform
 import random
 import re
-import shlex
 import statistics
 import sys
 import time
@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -41,32 +40,15 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 import retro_attention
 import sample
-from model import Decoder, Llama, LlamaConfig, Tokenizer, processes
-from retro_attention import (
-    LayerCache,
-    RetroConfig,
-    Step,
-    always_loaded,
-    apply_rope,
-    attend,
-    combine,
-    need,
-    score,
-    select,
-    store,
-    write,
-)  # fmt: skip
+from model import Decoder, Llama, LlamaConfig, Tokenizer, check_dense, check_finite, processes
+from retro_attention import RetroConfig, Step, always_loaded, apply_rope, attend, combine, need, score, select, store, write
 
 START = time.time()
 
 
+@functools.cache  # what is said again, as that a package is missing, is said once
 def progress(text: str):
     print(f"[{time.time() - START:.0f} s] {text}", file=sys.stderr, flush=True)
-
-
-@functools.cache
-def say_once(text: str):
-    progress(text)
 
 
 def table(title: str, rows: dict[str, dict], forms: dict[str, str]):
@@ -98,7 +80,7 @@ class Neighbour:
 
     ops, hook = retro_attention, None
 
-    def __init__(self, cache: LayerCache):
+    def __init__(self, cache: retro_attention.LayerCache):
         self.cache = cache
 
     def prefill(self, q, k, v):
@@ -308,17 +290,16 @@ def kv_share(name: str, retro: RetroConfig | None, n_layer: int, steps: range) -
     """KV bytes read by the decode steps at these positions, all layers, as a share of full attention's."""
     if retro is None or not steps:
         return 1.0
-    total = read = again = 0
+    total = read = 0
     for step, t in enumerate(steps, 1):
         held, loaded, bounds = retro.kv_tokens(t)
-        dense = held * (step % REFRESH == 0)
-        other = {"StreamingLLM": loaded, "TOVA": loaded, "RefreshKV": dense or loaded}
-        other |= {"selection reuse": loaded + bounds * (step % 2), "ReSA": loaded + bounds + dense}
-        total += held
-        read += other.get(name, loaded + bounds)
-        if name == "ReSA":  # its passes go through the dense layers as well
-            again += dense
-    return (read / total * (n_layer - retro.dense_layers) + (1 + again / total) * retro.dense_layers) / n_layer
+        again = held if step % REFRESH == 0 else 0
+        sparse = {"StreamingLLM": loaded, "TOVA": loaded, "RefreshKV": again or loaded}
+        sparse |= {"selection reuse": loaded + bounds * (step % 2), "ReSA": loaded + bounds + again}
+        dense = held + (again if name == "ReSA" else 0)  # its passes go through the dense layers as well
+        total += n_layer * held
+        read += (n_layer - retro.dense_layers) * sparse.get(name, loaded + bounds) + retro.dense_layers * dense
+    return read / total
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,17 +319,13 @@ def passages(args, model: Llama, tok: Tokenizer) -> torch.Tensor:
 
     Without --text, texts sampled from the checkpoint itself with full attention: always at hand, and in the model's own words.
     """
-    B, T, device = args.passages, args.prefix + args.length + 1, model.norm.weight.device
-    need(
-        T <= model.config.max_seq_len,
-        f"prefix + length must be at most {model.config.max_seq_len - 1}, not {T - 1}: the context",
-    )
+    B, T, device, most = args.passages, args.prefix + args.length + 1, model.norm.weight.device, model.config.max_seq_len
+    need(T <= most, f"prefix + length must be at most {most - 1}, not {T - 1}: the context")
     start = [tok.bos] if tok.bos is not None else tok.encode("\n")
     if args.text is None:
         progress(f"no --text: sampling {B} texts of {T} tokens from the checkpoint")
-        return model.generate(
-            torch.tensor([start] * B, device=device), T - len(start), None, temperature=1, top_p=None, seed=args.seed
-        )
+        first = torch.tensor([start] * B, device=device)
+        return model.generate(first, T - len(start), None, temperature=1, top_p=None, seed=args.seed)
     ids, n = tok.encode(sample.read_text(args.text, args.text)), T - len(start)
     need(len(ids) >= B * n, f"text {args.text} has {len(ids)} tokens: {B} passages of {n} need {B * n}")
     starts = [i * len(ids) // B for i in range(B)]
@@ -362,8 +339,8 @@ def forced(decoder: Decoder, idx: torch.Tensor, prefix: int, decoded: int = 0) -
     for i in range(prefix - decoded, idx.shape[1] - 1):
         logits = decoder.step(idx[:, i])
         if i >= prefix:
+            check_finite(logits)
             yield logits.float().log_softmax(dim=-1)
-    decoder.check_finite()
 
 
 def fidelity(steps, full: list, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -382,36 +359,28 @@ def paired(x: torch.Tensor, y: torch.Tensor) -> list[float]:
 
 
 def compare(title: str, name: str, form: str, values: dict[str, torch.Tensor], rows: dict[str, dict]) -> list[int]:
-    """Adds to each method's row what there is to say of its values (B, L), and prints it: their mean, the difference to Quest,
-    and the means over parts of L, of which it returns the ends."""
-    L, shown = values["Quest"].shape[1], {}
-    ends = [0, *itertools.accumulate(len(part) for part in torch.arange(L).tensor_split(min(PARTS, L)))]
-    spans = [f"{a + 1}-{b}" for a, b in itertools.pairwise(ends)]
+    """Adds to each method's row what there is to say of its values (B, L): their mean, its difference to Quest and to the
+    control, and the means over parts of L, of which it returns the ends. Prints all but the parts."""
+    n, shown, heads = min(PARTS, values["Quest"].shape[1]), {}, {"KV read": ".1%", "mean": form}
     for method, x in values.items():
-        mean, to_quest = x.mean().item(), paired(x, values["Quest"])
-        split = x.tensor_split(ends[1:-1], dim=1)
-        parts, errors = zip(*(paired(part, torch.zeros_like(part)) for part in split), strict=True)
-        part_to_quest = [paired(*both) for both in zip(split, values["Quest"].tensor_split(ends[1:-1], dim=1), strict=True)]
-        rows[method] |= {name: mean, f"{name}_to_quest": to_quest, f"{name}_to_quest_by_position": part_to_quest}
-        rows[method] |= {f"{name}_by_position": parts, f"{name}_errors": errors}
-        rows[method][f"{name}_by_passage"] = x.mean(dim=1).tolist()  # to pair with those of another run
-        shown[method] = {"KV read": rows[method]["kv_share"], "mean": mean} | dict(zip(spans, parts, strict=True))
-        shown[method]["to Quest"] = f"{to_quest[0]:+{form}} ±{to_quest[1]:{form}}"
-    heads = {"KV read": ".1%", "mean": form, "to Quest": ""} | dict.fromkeys(spans, form)
-    for method in values:  # as many pages, without looking back
-        if (control := f"{method} not looking back") in values:
-            rows[method][f"{name}_to_control"] = difference, error = paired(values[method], values[control])
-            shown[method]["to control"] = f"{difference:+{form}} ±{error:{form}}"
-            heads["to control"] = ""
+        rows[method] |= {name: x.mean().item(), f"{name}_by_passage": x.mean(dim=1).tolist()}  # to pair with another run's
+        parts = [paired(part, torch.zeros_like(part)) for part in x.tensor_split(n, dim=1)]
+        rows[method][f"{name}_by_position"], rows[method][f"{name}_errors"] = zip(*parts, strict=True)
+        shown[method] = {"KV read": rows[method]["kv_share"], "mean": rows[method][name]}
+        for key, other in (("to_quest", "Quest"), ("to_control", f"{method} not looking back")):
+            if other in values:
+                rows[method][f"{name}_{key}"] = difference, error = paired(x, values[other])
+                shown[method][key], heads[key] = f"{difference:+{form}} ±{error:{form}}", ""
     table(title, shown, heads)
-    return ends
+    return [0, *itertools.accumulate(part.shape[1] for part in values["Quest"].tensor_split(n, dim=1))]
 
 
-def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> dict:
-    """Teacher-forced: every method reads the same text, and is compared with full attention token by token.
-
-    Full attention's distributions are kept for that: passages * length * vocabulary numbers.
-    """
+def quality(args) -> dict:
+    """Fidelity on text, teacher-forced: every method reads the same, and is compared with full attention token by token."""
+    need(args.decoded < args.prefix, f"decoded must be between 0 and {args.prefix - 1}, not {args.decoded}: less than prefix")
+    retro, model, tok = setup(args)
+    idx = passages(args, model, tok)
+    # Full attention's distributions are kept: passages * length * vocabulary numbers.
     full, kl, gap, rows = [], {}, {}, {}
     for name, config in methods(retro, args.windows, args.neighbours, args.ablations).items():
         progress(name)
@@ -419,38 +388,12 @@ def text_quality(idx: torch.Tensor, args, retro: RetroConfig, model: Llama) -> d
         steps = forced(new_decoder(name, config, model, *idx.shape), idx, args.prefix, args.decoded)
         full = full or list(steps)
         kl[name], gap[name] = fidelity(full if name == "full" else steps, full, idx[:, args.prefix + 1 :])
-    source = args.text or "text sampled from the checkpoint"
-    prompt = f"{args.prefix - args.decoded} tokens prefilled" + (f" and {args.decoded} decoded" if args.decoded else "")
-    print(f"\n{args.passages} passages of {source}: {prompt}, {args.length} measured, teacher-forced")
-    compare("KL to full attention, by position after the prompt", "kl", ".5f", kl, rows)
-    ends = compare("Nats lost per token, by position after the prompt", "gap", ".4f", gap, rows)
-    return {"positions": ends, "rows": rows}
-
-
-def quality(args) -> dict:
-    """Fidelity on text, against full attention."""
-    need(args.decoded < args.prefix, f"decoded must be between 0 and {args.prefix - 1}, not {args.decoded}: less than prefix")
-    retro, model, tok = setup(args)
-    return text_quality(passages(args, model, tok), args, retro, model)
+    compare("KL to full attention, teacher-forced", "kl", ".5f", kl, rows)
+    return {"positions": compare("Nats lost per token", "gap", ".4f", gap, rows), "rows": rows}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # exposure
-
-
-class PageRanks(Neighbour):
-    """Attends to everything, and notes at each step in which order Quest would have taken the pages."""
-
-    def prefill(self, q, k, v):
-        super().prefill(q, k, v)
-        self.ranks = []
-
-    def decode(self, q, k, v, cos, sin, t):
-        q = write(q, k, v, cos, sin, self.cache, t)
-        scores = always_loaded(score(q, self.cache, t), self.cache.config, t)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        self.ranks.append(order.argsort(dim=-1))  # (B, n_kv_head, pages held): 0 is the page taken first
-        return combine(*attend(q, self.cache, None, None, t), self.cache, t)
 
 
 def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> list[float]:
@@ -466,8 +409,11 @@ def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> li
     return torch.stack(shares).mean(dim=0).tolist()
 
 
-def walked(decoder: Decoder, idx: torch.Tensor, prefix: int) -> Decoder:
-    """The decoder at the end of the texts."""
+def walked(model: Llama, retro: RetroConfig, idx: torch.Tensor, prefix: int, look: Callable | None = None) -> Decoder:
+    """A decoder at the end of the texts; `look` saw what each step did in each sparse layer."""
+    decoder = Decoder(model, len(idx), retro, idx.shape[1])
+    if look:
+        sample.watch(decoder, look)
     for _ in forced(decoder, idx, prefix):
         pass
     return decoder
@@ -476,12 +422,15 @@ def walked(decoder: Decoder, idx: torch.Tensor, prefix: int) -> Decoder:
 def page_overlaps(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> dict[int, list[float]]:
     """Distance -> overlap with the past query's top-k and next-k, a mean over the sparse layers (paper, figure 2b)."""
     progress("pages wanted with full attention")
-    decoder = Decoder(model, len(idx), replace(retro, impl="torch"), idx.shape[1])
-    layers = [PageRanks(layer.cache) for layer in decoder.layers[retro.dense_layers :]]
-    decoder.layers[retro.dense_layers :] = layers
-    walked(decoder, idx, args.prefix)
+    ranks = {}  # sparse layer -> of each step (B, n_kv_head, pages held): 0 is the page that Quest would take first
+
+    def look(i: int, step: Step):
+        order = always_loaded(step.scores, retro, step.t).argsort(dim=-1, descending=True, stable=True)
+        ranks.setdefault(i, []).append(order.argsort(dim=-1))
+
+    walked(model, replace(retro, budget=1.0), idx, args.prefix, look)  # all pages are loaded: full attention
     selected = [retro.pages_selected(t) for t in range(args.prefix, idx.shape[1] - 1)]
-    by_layer = {d: [overlap(layer.ranks, selected, d) for layer in layers] for d in range(1, args.distance + 1)}
+    by_layer = {d: [overlap(layer, selected, d) for layer in ranks.values()] for d in range(1, args.distance + 1)}
     return {d: torch.tensor(shares).mean(dim=0).tolist() for d, shares in by_layer.items()}
 
 
@@ -489,14 +438,12 @@ def revised(args, retro: RetroConfig, model: Llama, idx: torch.Tensor) -> dict[i
     """Sparse layer -> what a step changes of a past row, as in `sample.revisions`, with the largest window: means."""
     w, means = max(args.windows), {}
     progress(f"what a step revises: W={w}")
-    decoder = Decoder(model, len(idx), replace(retro, window=w), idx.shape[1])
 
     def look(i: int, step: Step):
         revisions = sample.revisions(step, retro.page_size).mean(dim=(1, 2, 3))  # (5,)
         means.setdefault(i, []).append([step.pages.shape[2], *revisions.tolist()])
 
-    sample.watch(decoder, look)
-    walked(decoder, idx, args.prefix)
+    walked(model, replace(retro, window=w), idx, args.prefix, look)
     return {i: torch.tensor(seen).mean(dim=0).tolist() for i, seen in means.items()}
 
 
@@ -504,18 +451,13 @@ def exposure(args) -> dict:
     """Which pages neighbouring queries want, and how many a query meets."""
     need(args.distance < args.length, f"distance must be between 1 and length - 1 = {args.length - 1}, not {args.distance}")
     retro, model, tok = setup(args)
-    need(
-        retro.dense_layers < model.config.n_layer,
-        f"dense_layers must be at most {model.config.n_layer - 1}, not {retro.dense_layers}: no layer selects",
-    )
+    need(retro.dense_layers < model.config.n_layer, f"dense_layers {retro.dense_layers}: no layer is left that selects")
     idx = passages(args, model, tok)
     overlaps = page_overlaps(args, retro, model, idx)
     exposures = {}  # paper, figure 2c
     for w in sorted({1, *args.windows}):
         progress(f"exposure: W={w}")
-        exposures[w] = sample.exposure_of(
-            walked(Decoder(model, len(idx), replace(retro, window=w), idx.shape[1]), idx, args.prefix)
-        )
+        exposures[w] = sample.exposure_of(walked(model, replace(retro, window=w), idx, args.prefix))
     title = "Pages wanted now that a past query had in its top-k or next-k (full attention)"
     rows = {f"{d} steps back": {"top-k": a, "next-k": b, "both": a + b} for d, (a, b) in overlaps.items()}
     table(title, rows, {"top-k": ".1%", "next-k": ".1%", "both": ".1%"})
@@ -592,8 +534,9 @@ def read_result(text: str) -> float | None:
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
-def longgen_prompts(args, n: int, context: int, tok: Tokenizer) -> list[tuple[list[int], list[float]]]:
+def longgen_prompts(args, context: int, tok: Tokenizer) -> list[tuple[list[int], list[float]]]:
     """The ids of each prompt, and the results of its n questions."""
+    n = args.n
     examples, pairs = read_questions(args.examples, args.shots), read_questions(args.questions, args.prompts * n)
     asked = [pairs[i * n : (i + 1) * n] for i in range(args.prompts)]
     chosen = [examples[: args.shots]] * args.prompts
@@ -607,18 +550,15 @@ def longgen_prompts(args, n: int, context: int, tok: Tokenizer) -> list[tuple[li
             chosen[i] = next((own for own in draws if bare[i] + sum(size[id(x)] for x in own) == length), None)
             need(chosen[i] is not None, f"one_length: no {args.shots} examples make prompt {i} as long as the others")
     prompts = [tok.chat(conversation(own, questions)) for own, questions in zip(chosen, asked, strict=True)]
-    most = context - args.answer_tokens * n
-    for ids in prompts:
-        need(
-            len(ids) <= most, f"n = {n}: the context leaves {most} tokens for a prompt of {len(ids)}: fewer n or answer_tokens"
-        )
+    most, longest = context - args.answer_tokens * n, max(map(len, prompts))
+    need(longest <= most, f"n = {n}: the context leaves {most} tokens for a prompt of {longest}: fewer n or answer_tokens")
     return [(ids, [pair["result"] for pair in questions]) for ids, questions in zip(prompts, asked, strict=True)]
 
 
-def answers(name: str, config, args, model: Llama, tok: Tokenizer, prompts: list[list[int]], most: int) -> Iterator[tuple]:
-    """Generates greedily until the model stops or has made `most` tokens. Yields the number of a prompt, its ids, the new ids.
+def answers(name: str, config, args, model: Llama, tok: Tokenizer, prompts: list[list[int]]) -> Iterator[tuple]:
+    """Generates greedily until the model stops or the tokens are used up. Yields the number of a prompt, its ids, the new ids.
     Prompts of one length are answered side by side."""
-    by_length, longest = {}, max(map(len, prompts))
+    by_length, longest, most = {}, max(map(len, prompts)), args.answer_tokens * args.n
     for i, ids in enumerate(prompts):
         by_length.setdefault(len(ids), []).append(i)
     for same in by_length.values():
@@ -627,8 +567,7 @@ def answers(name: str, config, args, model: Llama, tok: Tokenizer, prompts: list
             decoder = new_decoder(name, config, model, len(batch), longest + most)  # of one size: compiled once
             new = torch.stack(list(decoder.stream(idx, most, temperature=0, stop_tokens=tok.stop_tokens)), dim=1)
             for i, ids in zip(batch, new.tolist(), strict=True):
-                end = next((j for j, token in enumerate(ids) if token in tok.stop_tokens), len(ids))
-                yield i, prompts[i], ids[:end]
+                yield i, prompts[i], list(itertools.takewhile(lambda token: token not in tok.stop_tokens, ids))
 
 
 def judge(text: str, first: int, results: list[float]) -> dict[str, list[bool]]:
@@ -647,46 +586,38 @@ def longgen(args) -> dict:
     """Questions with a number for an answer (GSM8K), one or many in a prompt (LongGenBench), for a real checkpoint."""
     need(not Path(args.out).exists(), f"out {args.out}: exists already")
     retro, model, tok = setup(args)
+    asked = longgen_prompts(args, model.config.max_seq_len, tok)
+    prompts, results = zip(*asked, strict=True)
     found = {}
-    asked = {n: longgen_prompts(args, n, model.config.max_seq_len, tok) for n in args.n}  # names a mistake before the long work
     with open(args.out, "w", encoding="utf-8", newline="\n") as file:
-        for n, (name, config) in itertools.product(asked, methods(retro, args.windows, (), args.ablations).items()):
-            prompts, results = zip(*asked[n], strict=True)
-            progress(f"n={n}: {name}")
-            for i, ids, new in answers(name, config, args, model, tok, prompts, args.answer_tokens * n):
+        for name, config in methods(retro, args.windows, (), args.ablations).items():
+            progress(name)
+            found[name] = {}  # by the number of the prompt: they come in another order
+            for i, ids, new in answers(name, config, args, model, tok, prompts):
                 text = tok.decode(new)
                 steps = range(len(ids), len(ids) + len(new) - 1)  # the prefill made the first
-                record = {"n": n, "prompt": i, "method": name, "tokens": len(new), "text": text}
+                record = {"prompt": i, "method": name, "tokens": len(new), "text": text}
                 record |= {"kv_share": kv_share(name, config, model.config.n_layer, steps)}
                 record |= judge(text, args.shots + 1, results[i])
                 print(json.dumps(record), file=file, flush=True)
-                found.setdefault(n, {}).setdefault(name, {})[i] = record
-    return {f"n={n}": summary(n, by_method, args) for n, by_method in found.items()}
+                found[name][i] = record
+    return summary(found, args)
 
 
-def summary(n: int, by_method: dict, args) -> dict:
-    """Prints and returns what is right, by each way to match answers and questions."""
-    rows = {}
-    for name, records in by_method.items():
-        rows[name] = {x: statistics.mean(r[x] for r in records.values()) for x in ("kv_share", "tokens")}
-        rows[name]["answered"] = statistics.mean(statistics.mean(r["answered"]) for r in records.values())
-    for key in ("right", "right by position")[: 1 if n == 1 else 2]:
-        values = {
-            name: torch.tensor([records[i][key] for i in range(args.prompts)]).double() for name, records in by_method.items()
-        }
-        compare(
-            f"{args.prompts} prompts of n={n}: {key}, by place of the question; unanswered is wrong", key, ".1%", values, rows
-        )
-    table("Questions answered, and tokens per prompt", rows, {"answered": ".1%", "tokens": ".0f"})
+def summary(found: dict[str, dict[int, dict]], args) -> dict:
+    """Prints and returns what is right, by each way to match answers and questions, and what is answered at all."""
+    rows = {name: {"kv_share": statistics.mean(r["kv_share"] for r in records.values())} for name, records in found.items()}
+    for key in ("right", "right by position", "answered"):
+        values = {name: torch.tensor([r[i][key] for i in range(args.prompts)]).double() for name, r in found.items()}
+        compare(f"{args.prompts} prompts of {args.n}: {key}; unanswered is wrong", key, ".1%", values, rows)
     return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # kernels and decode
 
-SHAPES = {  # of Llama 3.1 8B, Llama 3.2 1B, Qwen 2.5 32B, and the checkpoint in tiny/
+SHAPES = {  # of Llama 3.1 8B, Qwen 2.5 32B, and the checkpoint in tiny/
     "8b": LlamaConfig(4096, 32, 32, 8, 128_256, 14_336, 131_072, rope_scaling=8.0),
-    "1b": LlamaConfig(2048, 16, 32, 8, 128_256, 8_192, 131_072, rope_scaling=32.0, tie_embeddings=True),
     "32b": LlamaConfig(5120, 64, 40, 8, 152_064, 27_648, 131_072, rope_theta=1e6, qkv_bias=True),
     "tiny": LlamaConfig(384, 10, 6, 2, 4096, 896, 4096, rope_theta=50_000.0, tie_embeddings=True),
 }
@@ -740,18 +671,7 @@ def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
     return replace(SHAPES[args.shape], max_seq_len=max(context for context, _ in args.settings)).shard(), dtype, rates
 
 
-def fits(layers: int, nbytes: dict[str, int], what: str) -> bool:
-    """Whether the caches of so many layers find room on the GPU. A line says so if not."""
-    if not torch.cuda.is_available():
-        return True
-    torch.cuda.empty_cache()
-    needed, free = 1.1 * layers * (nbytes["dense"] + nbytes["score"]) + 1e9, torch.cuda.mem_get_info()[0]
-    if needed > free:
-        print(f"{what}: skipped, it needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
-    return needed <= free
-
-
-def fill(cache: LayerCache, t: int):
+def fill(cache: retro_attention.LayerCache, t: int):
     """Random contents, as a step to position t finds them: some pages were seen by the window's past rows, some not."""
     for x in (cache.k, cache.v, cache.out, cache.lse):
         if x is not None:
@@ -780,7 +700,7 @@ def workspace(device: torch.device) -> torch.Tensor:
     return torch.empty(2**27, dtype=torch.uint8, device=device)
 
 
-def flashinfer_decode(newest: torch.Tensor, cache: LayerCache, pages: torch.Tensor) -> Callable:
+def flashinfer_decode(newest: torch.Tensor, cache: retro_attention.LayerCache, pages: torch.Tensor) -> Callable:
     """FlashInfer's attention of one row (B, 1, n_head, hs) over pages (B, n_kv_head, S). To FlashInfer each KV head is a text
     of its own, since each has its own pages. What it plans on the host is not in the time."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
@@ -839,7 +759,7 @@ def stages(config: RetroConfig, shape: LlamaConfig, B: int, context: int, device
 
 
 def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device: str, dtype, rate: float) -> dict:
-    """Microseconds per layer, bytes, and the share of its byte floor that each kernel reaches."""
+    """Microseconds per layer of each kernel and of dense attention, and the share of their byte floor that four reach."""
     us, nbytes = {}, layer_bytes(config, shape, B, context, dtype.itemsize)
     layers = [stages(config, shape, B, context, device, dtype) for _ in range(n)]
     for name in layers[0]:
@@ -848,12 +768,10 @@ def kernel_row(config: RetroConfig, shape, B: int, context: int, n: int, device:
         except (RuntimeError, ImportError) as error:
             if name not in OPTIONAL:
                 raise
-            say_once(f"{name}: {str(error).splitlines()[0]}")
-    floors = {name: nbytes[name] for name in ("score", "attend", "four")} | dict.fromkeys(DENSE, nbytes["dense"])
-    share = {name: floors[name] / rate * 1e6 / us[name] for name in floors if name in us}
-    best = min(us[name] for name in DENSE if name in us)
-    row = {"context": context, "batch": B, "window": config.window, "budget": config.budget, "us": us, "bytes": nbytes}
-    return row | {"share": share, "best/four": best / us["four"], "ours/four": us["ours"] / us["four"]}
+            progress(f"{name}: {str(error).splitlines()[0]}")
+    dense = min(us[name] for name in DENSE if name in us)
+    row = {"context": context, "batch": B, "window": config.window, "budget": config.budget, "bytes": nbytes} | us
+    return row | {"of the limit": nbytes["four"] / rate * 1e6 / us["four"], "dense": dense, "dense/four": dense / us["four"]}
 
 
 @torch.inference_mode()
@@ -866,23 +784,17 @@ def kernels(args) -> dict:
         configs = [RetroConfig(window=w) for w in args.windows]
         if context == HEADLINE[0]:
             configs.append(RetroConfig(window=1, budget=HEADLINE[1] / context))
-        nbytes = layer_bytes(configs[0], shape, B, context, dtype.itemsize)
-        n = max(2, -(-3 * L2 // nbytes["score"]))  # even the bounds of all layers do not stay in the L2 cache
-        if fits(n, nbytes, f"{context}x{B}"):
-            for config in configs:
-                progress(f"kernels: {context}x{B}, W={config.window}, budget {config.budget}")
-                rows.append(kernel_row(config, shape, B, context, n, args.device, dtype, max(rates.values())))
-    shown = {}
-    for r in rows:
-        shares = {f"{name} %": 100 * share for name, share in r["share"].items()} | {"MB": r["bytes"]["four"] / 1e6}
-        shown[f"{r['context']}x{r['batch']} {r['budget']:.4g} W={r['window']}"] = r | r["us"] | shares
-    forms = dict.fromkeys([*KERNELS, "four", *DENSE, "FlashInfer sparse"], ".1f") | dict.fromkeys(
-        ["score %", "attend %", "four %", "ours %"], ".0f"
-    )
-    title = """Microseconds per layer, and % of what the bytes allow; four: score to combine, with their MB. Dense attention:
-SDPA with flash and cuDNN, FlashInfer if it is installed, and our attend over all pages; the best of these, and ours, in units
-of four. FlashInfer sparse: its attention of one row over our selection, to be compared with attend and combine."""
-    table(title, shown, forms | {"MB": ".1f", "best/four": ".2f", "ours/four": ".2f"})
+        bounds = layer_bytes(configs[0], shape, B, context, dtype.itemsize)["score"]
+        n = max(2, -(-3 * L2 // bounds))  # even the bounds of all layers do not stay in the L2 cache
+        for config in configs:
+            progress(f"kernels: {context}x{B}, W={config.window}, budget {config.budget}")
+            rows.append(kernel_row(config, shape, B, context, n, args.device, dtype, max(rates.values())))
+    forms = dict.fromkeys([*KERNELS, "four"], ".1f") | {"of the limit": ".0%"}
+    forms |= dict.fromkeys([*DENSE, "dense"], ".1f") | {"dense/four": ".2f", "FlashInfer sparse": ".1f"}
+    title = """Microseconds per layer. Four: score to combine, and their share of what the bytes allow. Dense attention: SDPA
+with flash and cuDNN, FlashInfer if it is installed, our attend over all pages, and the fastest of these. FlashInfer sparse: its
+attention of one row over our selection, to be compared with attend and combine."""
+    table(title, {f"{r['context']}x{r['batch']} {r['budget']:.4g} W={r['window']}": r for r in rows}, forms)
     return {"memory_rate": rates, "rows": rows}
 
 
@@ -904,20 +816,9 @@ def step_bytes(model: Llama, retro: RetroConfig | None, B: int, context: int) ->
     return weights + dense * layer["dense"] + (config.n_layer - dense) * layer["four"]
 
 
-def megabytes(decoder: Decoder) -> dict[str, float]:
-    """What is in memory: the weights, the parts of the caches, and the GPU's peak since the counter was reset."""
-    parts = {"kv": ("k", "v"), "bounds": ("bounds",), "outputs": ("out", "lse")}
-    held = {name: [getattr(layer.cache, x) for layer in decoder.layers for x in xs] for name, xs in parts.items()}
-    held["weights"] = decoder.model.parameters()
-    sizes = {f"{name} MB": sum(x.nbytes for x in tensors if x is not None) / 1e6 for name, tensors in held.items()}
-    return sizes | {"GPU peak MB": torch.cuda.max_memory_allocated() / 1e6}
-
-
-def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) -> tuple[list[float], dict]:
-    """Milliseconds of the steps to the last 30 positions of the context, and what is in memory."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) -> list[float]:
+    """Milliseconds of the steps to the last 30 positions of the context."""
+    torch.cuda.empty_cache()
     decoder = Decoder(model, B, retro, context)
     decoder.position = context - 36
     decoder.t.fill_(decoder.position)
@@ -925,7 +826,7 @@ def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) ->
         fill(layer.cache, decoder.position)
     token = torch.randint(model.config.vocab_size, (B,), device=decoder.t.device)
     times(lambda: decoder.step(token), 5)  # the first compiles, the second captures the graph
-    return times(lambda: decoder.step(token), 30), megabytes(decoder)
+    return times(lambda: decoder.step(token), 30)
 
 
 def step_times_of_transformers(shape: LlamaConfig, B: int, context: int, device: str, dtype) -> list[float]:
@@ -951,12 +852,11 @@ def step_times_of_transformers(shape: LlamaConfig, B: int, context: int, device:
 
 def step_rows(model: Llama, args, context: int, B: int, rate: float) -> list[dict]:
     configs = methods(RetroConfig(dense_layers=args.dense_layers), args.windows)
-    ms, memory, rows = {name: [] for name in configs}, {}, []
+    ms, rows = {name: [] for name in configs}, []
     for i in range(args.rounds):
         progress(f"decode: {context}x{B}, round {i + 1} of {args.rounds}")
         for name, retro in configs.items():
-            new, memory[name] = step_times(model, B, retro, context)
-            ms[name] += new
+            ms[name] += step_times(model, B, retro, context)
     if processes()[1] == 1:
         try:
             ms["transformers"] = step_times_of_transformers(model.config, B, context, args.device, model.norm.weight.dtype)
@@ -965,29 +865,31 @@ def step_rows(model: Llama, args, context: int, B: int, rate: float) -> list[dic
     ms = {name: statistics.median(x) for name, x in ms.items()}
     for name in ms:
         nbytes = statistics.mean(step_bytes(model, configs.get(name), B, n) for n in range(context - 29, context + 1))
-        seconds = ms[name] / 1e3
-        row = {"context": context, "batch": B, "method": name, "ms": ms[name], "tokens/s": B / seconds, "bytes": nbytes}
-        row |= {"GB/s": nbytes / seconds / 1e9, "share": nbytes / rate / seconds}
-        rows.append(row | {"full/this": ms["full"] / ms[name], "this/Quest": ms[name] / ms["Quest"]} | memory.get(name, {}))
+        row = {"context": context, "batch": B, "method": name, "ms": ms[name], "bytes": nbytes}
+        ratios = {"full/this": ms["full"] / ms[name], "this/Quest": ms[name] / ms["Quest"]}
+        rows.append(row | ratios | {"share": nbytes / rate / ms[name] * 1e3})
     return rows
 
 
 @torch.inference_mode()
 def decode(args) -> dict:
     """Milliseconds of whole steps, with random weights and random caches; of transformers' too, if it is installed."""
-    need(
-        args.dense_layers <= SHAPES[args.shape].n_layer,
-        f"dense_layers must be between 0 and {SHAPES[args.shape].n_layer}, not {args.dense_layers}",
-    )
+    check_dense(args.dense_layers, SHAPES[args.shape])
     shape, dtype, rates = begin(args)
-    model, rows = random_model(shape, args.device, dtype), []
+    most = RetroConfig(window=max(args.windows), dense_layers=args.dense_layers)
+    torch.cuda.empty_cache()  # of what `begin` measured with
+    fitting = []
     for context, B in args.settings:
-        nbytes = layer_bytes(RetroConfig(), shape, B, context, dtype.itemsize)
-        if fits(shape.n_layer, nbytes, f"{context}x{B}"):
-            rows += step_rows(model, args, context, B, max(rates.values()))
-    forms = {"ms": ".3f", "tokens/s": ".1f", "GB/s": ".1f", "share": ".0%", "full/this": ".2f", "this/Quest": ".3f"}
-    forms |= dict.fromkeys([f"{part} MB" for part in ("kv", "bounds", "outputs", "weights", "GPU peak")], ".2f")
-    title = "A step of the batch; share: of what the bytes allow; outputs: the output cache"
+        try:
+            print(sample.check_memory(shape, most, B, context, torch.device(args.device), dtype))
+            fitting.append((context, B))
+        except ValueError as error:
+            print(f"{context}x{B} is left out: {error}")
+    model, rows = random_model(shape, args.device, dtype), []
+    for context, B in fitting:
+        rows += step_rows(model, args, context, B, max(rates.values()))
+    forms = {"ms": ".3f", "bytes": ".3g", "share": ".0%", "full/this": ".2f", "this/Quest": ".3f"}
+    title = "A step of the batch, milliseconds; bytes that it must read, and the share that it reaches of what they allow"
     table(title, {f"{r['context']}x{r['batch']} {r['method']}": r for r in rows}, forms)
     return {"memory_rate": rates, "rows": rows}
 
@@ -998,22 +900,16 @@ def decode(args) -> dict:
 
 def last_line(path: str, command: str) -> dict:
     """The record of a command whose output was saved: its last line."""
-    try:
-        record = json.loads(sample.read_text(path, path).rstrip().split("\n")[-1])
-        return {command: record}[record["command"]]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path}: its last line is not the JSON of bench.py {command}") from None
+    line = sample.read_text(path, path).rstrip().split("\n")[-1]
+    need(line.startswith(f'{{"command": "{command}"'), f"{path}: its last line is not the JSON of bench.py {command}")
+    return json.loads(line)
 
 
 def picture(args) -> dict:
     """Draws the results of quality, each file in a panel, and of exposure (needs matplotlib)."""
     records = [last_line(path, "quality") for path in args.quality]
     met = last_line(args.exposure, "exposure")["results"]["effective_exposure"]
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("matplotlib is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")  # draws into a file, needs no display
+    need(importlib.util.find_spec("matplotlib"), "matplotlib is not installed: pip install matplotlib")
     from matplotlib import pyplot
 
     pyplot.style.use(["seaborn-v0_8-colorblind", {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}])
@@ -1058,31 +954,17 @@ def at_least(least: int) -> Callable:
     return integer
 
 
-class Values(list):
-    """A default that --help shows as it is typed."""
-
-    def __str__(self):
-        return shlex.join(map(str, self))
-
-
-class Setting(NamedTuple):
-    context: int
-    batch: int
-
-    def __repr__(self):
-        return f"{self.context}x{self.batch}"
-
-
-def setting(text: str) -> Setting:
+def setting(text: str) -> tuple[int, int]:
+    """CONTEXTxBATCH, for argparse."""
     context, batch = map(int, text.split("x"))
     if context < 256 or batch < 1:
         raise argparse.ArgumentTypeError(f"must have a context >= 256 and a batch >= 1, not {text}")
-    return Setting(context, batch)
+    return context, batch
 
 
 def text_options(add: Callable, passages: int, least: int, prefix: int, length: int):
     sample.add_method_options(add, RetroConfig(), dtype="float32")  # bfloat16 rounds by as much as is measured in a small model
-    add("--windows", type=at_least(1), nargs="+", default=Values([2, 4, 8, 16]), help="RetroAttention's windows to measure")
+    add("--windows", type=at_least(1), nargs="+", default=[2, 4, 8, 16], help="RetroAttention's windows to measure")
     add("--text", default=None, help="file to cut passages from; without it they are sampled from the checkpoint")
     add("--seed", type=int, default=0, help="of the sampled texts")
     add("--passages", type=at_least(least), default=passages, help="passages, as one batch")
@@ -1093,7 +975,7 @@ def text_options(add: Callable, passages: int, least: int, prefix: int, length: 
 # What `quality --quick` stands for. Two dense layers and a floor of 256 tokens would hide most of the effect in a model of ten
 # layers and in texts this short.
 QUICK = {"passages": 8, "prefix": 1024, "length": 96, "min_tokens": 32, "dense_layers": 0}
-QUICK |= {"windows": Values([2, 4, 8]), "neighbours": Values(NEIGHBOURS)}
+QUICK |= {"windows": [2, 4, 8], "neighbours": NEIGHBOURS}
 
 
 def quality_options(add: Callable):
@@ -1101,8 +983,8 @@ def quality_options(add: Callable):
     quick = ", ".join(f"--{option} {x}" for option, x in QUICK.items())
     add("--quick", action="store_true", help=f"for the checkpoint in tiny/ on a CPU; unless given: {quick}")
     add("--decoded", type=at_least(0), default=0, help="the last tokens of the prompt to decode one by one: not prefilled")
-    add("--ablations", choices=list(ABLATIONS), nargs="*", default=Values(), help="to add for each window")
-    add("--neighbours", choices=NEIGHBOURS, nargs="*", default=Values(), help="to compare with")
+    add("--ablations", choices=list(ABLATIONS), nargs="*", default=[], help="to add for each window")
+    add("--neighbours", choices=NEIGHBOURS, nargs="*", default=[], help="to compare with")
 
 
 def exposure_options(add: Callable):
@@ -1112,34 +994,34 @@ def exposure_options(add: Callable):
 
 def longgen_options(add: Callable):
     sample.add_method_options(add, RetroConfig())
-    add("--windows", type=at_least(1), nargs="+", default=Values([2, 4, 8]), help="RetroAttention's windows to measure")
-    add("--ablations", choices=list(ABLATIONS), nargs="*", default=Values(), help="of each window")
+    add("--windows", type=at_least(1), nargs="+", default=[2, 4, 8], help="RetroAttention's windows to measure")
+    add("--ablations", choices=list(ABLATIONS), nargs="*", default=[], help="of each window")
     add("--questions", required=True, help="JSONL with question and answer, which ends in '#### number'")
     add("--examples", required=True, help="the same, of which the first are worked examples")
     add("--shots", type=at_least(0), default=8, help="worked examples in front")
     add("--out", required=True, help="JSONL of the answers to write, one line per prompt and method; must not exist yet")
-    add("--n", type=at_least(1), nargs="+", default=Values([5, 10]), help="questions per prompt")
-    add("--prompts", type=at_least(2), default=20, help="prompts of each n")
+    add("--n", type=at_least(1), default=5, help="questions per prompt")
+    add("--prompts", type=at_least(2), default=20, help="prompts")
     add("--answer_tokens", type=at_least(1), default=256, help="tokens to generate at most per question")
     add("--batch", type=at_least(1), default=32, help="prompts to answer side by side, if they have the same length")
     add("--one_length", action="store_true", help="prompts have examples of their own, drawn so that all have the same length")
 
 
-def speed_options(add: Callable, settings: list[Setting], windows: list[int]):
+def speed_options(add: Callable, settings: list[tuple[int, int]], windows: list[int]):
     """On a GPU if there is one; else with the PyTorch reference on a few settings, which says little about speed."""
     gpu = torch.cuda.is_available()
-    settings = settings if gpu else [Setting(1024, 1), Setting(4096, 1)]
+    settings = settings if gpu else [(1024, 1), (4096, 1)]
     add("--shape", choices=list(SHAPES) if gpu else ["tiny"], default="8b" if gpu else "tiny", help="a Llama's, or tiny/'s")
-    add("--settings", type=setting, nargs="+", default=Values(settings), help="context x batch, as 32768x8")
-    add("--windows", type=at_least(1), nargs="+", default=Values(windows), help="W to measure; 1 is Quest")
+    add("--settings", type=setting, nargs="+", default=settings, help="context x batch, as 32768x8")
+    add("--windows", type=at_least(1), nargs="+", default=windows, help="W to measure; 1 is Quest")
 
 
 def kernels_options(add: Callable):
-    speed_options(add, [Setting(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)], windows=[1, 2, 8])
+    speed_options(add, [(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)], windows=[1, 2, 8])
 
 
 def decode_options(add: Callable):
-    speed_options(add, [Setting(k * 1024, B) for k, B in ((32, 1), (128, 1), (32, 8), (64, 8))], windows=[2, 4, 8])
+    speed_options(add, [(k * 1024, B) for k, B in ((32, 1), (128, 1), (32, 8), (64, 8))], windows=[2, 4, 8])
     add("--dense_layers", type=at_least(0), default=0, help="first layers that attend to all; 0: all have the same byte floor")
     add("--rounds", type=at_least(1), default=3, help="times that all methods are measured in turn, 30 steps each")
 

@@ -241,10 +241,11 @@ def select_kernel(
     rank = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
     rank = tl.where(page < first, rank, tl.where(page < held, 0xFFFFFFFF, 0)).to(tl.uint32)
 
-    # `reached` ranks reach `low`, at least `count`; `above` reach `high`, fewer than that (as many if only the window's pages are
-    # to be chosen). Two thresholds between them are tried at once, their counts side by side in one integer, so that one sum
-    # over the threads narrows the gap to a third (13.2 us at 8,192 pages, where halving takes 15.2: one H100). The counts fit,
-    # as the smallest rank reaches neither threshold. Done when exactly `count` ranks reach `low`, or only equal ones are left.
+    # `reached` ranks reach `low`, at least `count`; `above` reach `high`, fewer than that (as many if only the window's pages
+    # are to be chosen). Two thresholds between them are tried at once, their counts side by side in one integer, so that one
+    # sum over the threads narrows the gap to a third (13.2 us at 8,192 pages, where halving takes 15.2: one H100). The counts
+    # fit, as the smallest rank reaches neither threshold. Done when exactly `count` ranks reach `low`, or only equal ones are
+    # left.
     BITS: tl.constexpr = 16 if N < 65536 else 32
     BOTH: tl.constexpr = tl.int32 if N < 65536 else tl.int64
     low = tl.min(tl.where(page < held, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)

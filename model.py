@@ -12,14 +12,12 @@ parameter: `wqkv` is Meta's wq, wk and wv one below the other, `w13` its w1 and 
 """
 
 import base64
-import binascii
 import copy
-import itertools
 import json
 import math
-import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,32 +61,16 @@ class LlamaConfig:
                 need(isinstance(x, (int, float)) and 0 < x < 1e30, f"{name} must be a number > 0 and < 1e30, not {x!r}")
         if self.head_size is None and self.dim % self.n_head == 0:
             self.head_size = self.dim // self.n_head
-        need(
-            isinstance(self.head_size, int) and 2 <= self.head_size < 2**31 and self.head_size % 2 == 0,
-            f"dim {self.dim} must be an even multiple of n_head {self.n_head}, or head_size given, and even",
-        )
+        even = isinstance(self.head_size, int) and 2 <= self.head_size < 2**31 and self.head_size % 2 == 0
+        need(even, f"dim {self.dim} must be an even multiple of n_head {self.n_head}, or head_size given, and even")
         need(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
 
     def shard(self) -> "LlamaConfig":
         """What one of several processes holds: its share of the heads, and of the feed-forward's inner values."""
         n = processes()[1]
-        need(
-            self.n_kv_head % n == self.ffn_dim % n == 0,
-            f"the number of processes must divide the {self.n_kv_head} KV heads and ffn_dim {self.ffn_dim}, not {n}",
-        )
+        whole = self.n_kv_head % n == self.ffn_dim % n == 0
+        need(whole, f"the number of processes must divide the {self.n_kv_head} KV heads and ffn_dim {self.ffn_dim}, not {n}")
         return replace(self, n_head=self.n_head // n, n_kv_head=self.n_kv_head // n, ffn_dim=self.ffn_dim // n)
-
-
-def processes() -> tuple[int, int]:
-    """The number of this process and how many there are: several with torch.distributed, which shares the model out."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def sum_of_shards(x: torch.Tensor) -> torch.Tensor:
-    """Each process has the part of x that its own heads, or its share of the feed-forward, add. The sum, in place."""
-    if processes()[1] > 1:
-        dist.all_reduce(x)
-    return x
 
 
 def rope_table(config: LlamaConfig, length: int, device: torch.device | str, dtype: torch.dtype):
@@ -131,8 +113,9 @@ class Attention(nn.Module):
         else:
             q, k = apply_rope(q, cos[:T], sin[:T]), apply_rope(k, cos[:T], sin[:T])
             # Each KV head repeated for its group: told of groups, torch has only a form that keeps all scores for some dtypes.
-            group = [q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(q.shape[2] // x.shape[2], dim=1) for x in (k, v))]
-            o = F.scaled_dot_product_attention(*group, is_causal=True).transpose(1, 2)  # (B, T, n_head, hs)
+            repeated = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))  # (B, T, n_head, hs)
+            rows = (x.transpose(1, 2) for x in (q, *repeated))
+            o = F.scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2)  # (B, T, n_head, hs)
             if retro is not None:
                 retro.prefill(q, k, v)
         return sum_of_shards(self.wo(o.flatten(2)))
@@ -214,7 +197,6 @@ class Llama(nn.Module):
         check_prompt(T, context)
         decoder = Decoder(self, B, retro, max_seq_len=min(T + max(1, max_new_tokens), context))
         new = list(decoder.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens))
-        decoder.check_finite()
         return torch.cat([idx, torch.stack(new, dim=1)], dim=1)
 
     def score(self, idx: torch.Tensor, prompt_len: int, retro: RetroConfig | None = RetroConfig()) -> torch.Tensor:
@@ -227,10 +209,10 @@ class Llama(nn.Module):
         decoder = Decoder(self, B, retro, max_seq_len=T)
         logits, logps = decoder.prefill(idx[:, :prompt_len]), []
         for i in range(prompt_len, T):
+            check_finite(logits)
             logps.append(logits.float().log_softmax(dim=-1).gather(1, idx[:, i, None]))  # (B, 1)
             if i < T - 1:
                 logits = decoder.step(idx[:, i])
-        decoder.check_finite()
         return torch.cat(logps, dim=1)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -268,6 +250,8 @@ class Llama(nn.Module):
         for name in sorted(expected.keys() | found.keys()):
             a, b = expected.get(name, "none: unknown name"), found.get(name, "no such tensor")
             need(a == b, f"checkpoint {folder}: {name} should have shape {a}, the file has {b}")
+            kind = weights[name].dtype
+            need(kind.is_floating_point, f"checkpoint {folder}: {name} must hold floating-point numbers, not {kind}")
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         theirs, (rank, n) = is_hugging_face(folder), processes()
         for name, w in model.weights().items():
@@ -293,9 +277,21 @@ def check_prompt(T: int, context: int) -> None:
     need(1 <= T < context, f"the prompt has {T} tokens: must be between 1 and {context - 1}, one less than the context")
 
 
-def check_dense_layers(n: int, config: LlamaConfig) -> None:
+def check_dense(n: int, config: LlamaConfig) -> None:
     most = config.n_layer
     need(n <= most, f"dense_layers must be between 0 and the model's {most} layers, not {n}")
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process and how many there are: several with torch.distributed, which shares the model out."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def sum_of_shards(x: torch.Tensor) -> torch.Tensor:
+    """Each process has the part of x that its own heads, or its share of the feed-forward, add. The sum, in place."""
+    if processes()[1] > 1:
+        dist.all_reduce(x)
+    return x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,7 +303,7 @@ class Decoder:
 
     `prefill` a prompt, then `step` with each next token; both return the logits of the token that follows. Without a prompt the
     first step is the text's first token. The model's weights must stay where they are while a decoder lives; their GPU becomes
-    the current one and must stay so. After logits that were not finite `check_finite` raises.
+    the current one and must stay so.
     """
 
     def __init__(
@@ -319,7 +315,7 @@ class Decoder:
         need(1 <= n <= config.max_seq_len, f"max_seq_len must be between 1 and the context of {config.max_seq_len}, not {n}")
         if retro is None:
             retro = RetroConfig(window=1, dense_layers=config.n_layer)
-        check_dense_layers(retro.dense_layers, config)
+        check_dense(retro.dense_layers, config)
         if weight.is_cuda:
             torch.cuda.set_device(weight.device)  # Triton launches on the current device
         self.model, self.retro, self.max_seq_len = model, retro, n
@@ -340,22 +336,17 @@ class Decoder:
         self.graph, self.compiled = None, False
         self.token = torch.zeros(batch_size, dtype=torch.long, device=weight.device)  # (B,) the newest token
         self.newest_logits = None  # (B, vocab)
-        self.poison = torch.zeros((), device=weight.device)  # 0 while all logits since the prompt were finite, then NaN
 
     @torch.inference_mode()
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
-        """(B, T) prompt -> (B, vocab). ValueError if it is empty, longer than the context, or another number of texts, or if
-        the logits are not finite."""
+        """(B, T) prompt -> (B, vocab). ValueError if it is empty, longer than the context, or another number of texts."""
         (_, T), B = check_ids(idx), len(self.tokens)
         need(len(idx) == B, f"the prompt has {len(idx)} texts: must be {B}, as the decoder was made for")
         need(1 <= T <= self.max_seq_len, f"the prompt has {T} tokens: must be between 1 and the context of {self.max_seq_len}")
         self.tokens[:, :T] = idx
         self.t.fill_(T - 1)
         self.position = T - 1
-        self.poison.zero_()
-        logits = self._logits(self.model.hidden(idx, *self.rope, self.layers))
-        self.check_finite()
-        return logits
+        return self.model.logits(self.model.hidden(idx, *self.rope, self.layers)[:, -1])
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor) -> torch.Tensor:
@@ -383,12 +374,41 @@ class Decoder:
         """Through Triton nothing in here waits for the device, and no shape depends on the position."""
         self.t += 1
         self.tokens.index_copy_(1, self.t.view(1), self.token[:, None])
-        return self._logits(self._window(self.layers))
+        return self.model.logits(self._window(self.layers)[:, -1])
 
     def _window(self, layers: Sequence[RetroAttention]) -> torch.Tensor:
         """The rows that end at t through the layers, from their token ids again -> (B, W, dim)."""
         rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,) before the text starts, any id will do
         return self.model.hidden(self.tokens[:, rows], *self.rope, layers, self.t)
+
+    def stream(
+        self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 0.8,
+        top_k: int | None = None, top_p: float | None = 0.95, seed: int | None = None, stop_tokens: Sequence[int] = (),
+    ) -> Iterator[torch.Tensor]:  # fmt: skip
+        """Yields the (B,) next tokens; arguments and errors as in `Llama.generate`."""
+        B, T = check_ids(idx)
+        check_prompt(T, self.max_seq_len)
+        check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        generator = torch.Generator(device=idx.device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        stops = torch.tensor(stop_tokens, dtype=torch.long, device=idx.device)
+        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)  # (B,)
+        token = None
+        for _ in range(min(max_new_tokens, self.max_seq_len - T)):
+            logits = self.prefill(idx) if token is None else self.step(token)
+            check_finite(logits)
+            token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
+            if processes()[1] > 1:
+                dist.broadcast(token, 0)  # the same text everywhere, whatever the rounding and the seed
+            if len(stops):
+                token = torch.where(ended, stops[0], token)
+                ended |= torch.isin(token, stops)
+            yield token
+            if len(stops) and ended.all():
+                return
 
     @torch.inference_mode()
     def rewind(self, t: int) -> None:
@@ -402,7 +422,6 @@ class Decoder:
         need(0 <= t <= self.position, f"t must be between 0 and {self.position}, the newest position, not {t}")
         self.position = t
         self.t.fill_(t)
-        self.poison.zero_()
         for layer in self.layers:
             layer.forget(t)
         if self.retro.window > 1:
@@ -411,50 +430,10 @@ class Decoder:
                 twin.dense = True
             self._window(twins)
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, T, dim) -> (B, vocab) of the newest row. A step must not wait for the device: whether they are finite is left
-        for `check_finite`."""
-        logits = self.model.logits(x[:, -1])
-        self.poison.add_(logits.sum(dtype=torch.float32), alpha=0)  # 0 times inf or NaN is NaN
-        return logits
 
-    def check_finite(self) -> None:
-        """ValueError if logits were not finite since the prompt: what was made of them means nothing."""
-        kind = self.model.norm.weight.dtype
-        need(self.poison == 0, f"the model's logits are not finite: its weights are broken, or too large for {kind}")
-
-    def stream(
-        self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 0.8,
-        top_k: int | None = None, top_p: float | None = 0.95, seed: int | None = None, stop_tokens: Sequence[int] = (),
-    ) -> Iterator[torch.Tensor]:  # fmt: skip
-        """An iterator over the (B,) next tokens; arguments and errors as in `Llama.generate`."""
-        _, T = check_ids(idx)
-        check_prompt(T, self.max_seq_len)
-        check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
-        generator = torch.Generator(device=idx.device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-        sample = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        # The checks run here and the loop is a function of its own, so that a mistake is raised at the call, not at the first
-        # token.
-        return self._stream(idx, min(max_new_tokens, self.max_seq_len - T), sample, stop_tokens)
-
-    def _stream(self, idx, n, sample, stop_tokens):
-        stops = torch.tensor(stop_tokens, dtype=torch.long, device=idx.device)
-        ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)  # (B,)
-        token = None
-        for _ in range(n):
-            token = sample(self.prefill(idx) if token is None else self.step(token))  # (B,)
-            if processes()[1] > 1:
-                dist.broadcast(token, 0)  # the same text everywhere, whatever the rounding and the seed
-            if len(stops):
-                token = torch.where(ended, stops[0], token)
-                ended |= torch.isin(token, stops)
-            yield token
-            if len(stops) and ended.all():
-                return
+def check_finite(logits: torch.Tensor) -> None:
+    """ValueError unless they are: what is drawn from others means nothing, and a GPU would end the draw with no word."""
+    need(logits.isfinite().all(), f"the model's logits are not finite: its weights are broken, or too large for {logits.dtype}")
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, seed) -> None:
@@ -471,10 +450,7 @@ def sample_token(logits, temperature, top_k, top_p, generator) -> torch.Tensor:
     """(B, vocab) logits -> (B,) ids; temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # A NaN would end a draw on a GPU with no word; that there was one is said by `Decoder.check_finite`.
-    probs, ids = (
-        (logits.float().nan_to_num(0, 0, 0) / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    )  # (B, vocab), likeliest first
+    probs, ids = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)  # (B, vocab), likeliest first
     if top_k is not None:
         probs[:, top_k:] = 0
     if top_p is not None:
@@ -489,7 +465,8 @@ def sample_token(logits, temperature, top_k, top_p, generator) -> torch.Tensor:
 
 
 def is_hugging_face(folder: str | Path) -> bool:
-    """Hugging Face's format; also where files of Meta's lie beside it."""
+    """Hugging Face's format; also where files of Meta's lie beside it. ValueError if there is no such folder."""
+    need(Path(folder).is_dir(), f"checkpoint {folder}: no such folder")
     return (Path(folder) / "config.json").is_file()
 
 
@@ -498,38 +475,38 @@ def read_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, torch.Te
 
     ValueError names the file that is missing or broken, or what the model asks for that is not supported.
     """
-    need(Path(folder).is_dir(), f"checkpoint {folder}: no such folder")
-    need(
-        any((Path(folder) / name).is_file() for name in ("params.json", "config.json")),
-        f"checkpoint {folder}: neither params.json (Meta's format) nor config.json (Hugging Face's) is in it",
-    )
     if is_hugging_face(folder):
         config, weights = config_from_hugging_face(folder), read_safetensors(folder)
-        table, head = weights.get("tok_embeddings.weight"), weights.get("output.weight")
-        if config.tie_embeddings and head is not None:
-            # Some files hold the table twice. A head of its own counts, whatever config.json says: transformers' rule.
-            if table is not None and torch.equal(table, head):
-                del weights["output.weight"]
-            else:
-                config.tie_embeddings = False
+        if "output.weight" in weights:  # a head in the files counts, whatever config.json says: transformers' rule
+            config.tie_embeddings = False
         return config, weights
+    need((Path(folder) / "params.json").is_file(), f"checkpoint {folder}: has neither params.json nor config.json")
     params, weights = read_json(folder, "params.json"), read_pth(folder)
     return config_from_params(params, tie_embeddings="output.weight" not in weights), weights
 
 
 def checkpoint_file(folder: str | Path, name: str) -> Path:
-    need(Path(folder).is_dir(), f"checkpoint {folder}: no such folder")
     path = Path(folder) / name
     need(path.is_file(), f"checkpoint {folder}: {name} is missing")
     return path
 
 
+@contextmanager
+def one_line(what: str):
+    """What goes wrong inside, as a ValueError that begins with `what`. Broken files raise all kinds, Rust's panics, too."""
+    try:
+        yield
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what}: {reason[:300]}") from None
+
+
 def read_json(folder: str | Path, name: str) -> dict:
     path = checkpoint_file(folder, name)
-    try:
+    with one_line(f"{path}: not JSON"):
         contents = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
     need(isinstance(contents, dict), f"{path}: a JSON object was expected, not {type(contents).__name__}")
     return contents
 
@@ -540,16 +517,12 @@ def read_json(folder: str | Path, name: str) -> dict:
 
 def config_from_params(params: dict, tie_embeddings: bool = False) -> LlamaConfig:
     """From the keys of Meta's params.json. ValueError names a key that is missing or out of range."""
-    for key in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of"):
+    params = {"ffn_dim_multiplier": 1, **params}
+    for key in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"):
         x = params.get(key, "missing")
-        need(isinstance(x, int) and x >= 1, f"params.json: {key} must be an integer >= 1, not {x!r}")
-    multiplier = params.get("ffn_dim_multiplier", 1)
-    need(
-        isinstance(multiplier, (int, float)) and 0 < multiplier < math.inf,
-        f"params.json: ffn_dim_multiplier must be a number > 0, not {multiplier!r}",
-    )
+        need(isinstance(x, (int, float)) and 0 < x < math.inf, f"params.json: {key} must be a number > 0, not {x!r}")
     # Meta's rule for SwiGLU: two thirds of 4*dim, times a multiplier, rounded up to a multiple.
-    ffn_dim = int(multiplier * int(8 * params["dim"] / 3))
+    ffn_dim = int(params["ffn_dim_multiplier"] * int(8 * params["dim"] / 3))
     ffn_dim = math.ceil(ffn_dim / params["multiple_of"]) * params["multiple_of"]
     scaled = params.get("use_scaled_rope", False)
     factor = params.get("rope_scaling_factor")
@@ -566,25 +539,17 @@ def config_from_params(params: dict, tie_embeddings: bool = False) -> LlamaConfi
 def read_pth(folder: str | Path) -> dict[str, torch.Tensor]:
     """consolidated.00.pth."""
     path = checkpoint_file(folder, "consolidated.00.pth")
-    need(
-        not (path.parent / "consolidated.01.pth").exists(),
-        f"checkpoint {folder}: several consolidated.*.pth: models split over GPUs are not supported",
-    )
+    split = (path.parent / "consolidated.01.pth").exists()
+    need(not split, f"checkpoint {folder}: several consolidated.*.pth: models split over GPUs are not supported")
     try:
         # weights_only: a pickle could run code. mmap: a tensor is read when it is copied: no second model in memory.
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # broken files raise all kinds, with advice that is not for the user
         raise ValueError(f"{path}: not a readable PyTorch file of weights ({type(error).__name__})") from None
-    need(
-        isinstance(weights, dict) and all(isinstance(name, str) and is_weight(w) for name, w in weights.items()),
-        f"{path}: a dictionary of tensors was expected, names to dense floating-point numbers",
-    )
+    tensors = isinstance(weights, dict) and all(isinstance(w, torch.Tensor) for w in weights.values())
+    need(tensors, f"{path}: a dictionary of tensors was expected")
     weights.pop("rope.freqs", None)  # in Meta's older files; we compute it
     return weights
-
-
-def is_weight(w) -> bool:
-    return isinstance(w, torch.Tensor) and w.is_floating_point() and w.layout == torch.strided
 
 
 class Tokenizer:
@@ -617,27 +582,19 @@ class Tokenizer:
         if is_hugging_face(folder):
             return HuggingFaceTokenizer(folder)
         path = checkpoint_file(folder, "tokenizer.model")
-        ranks = {}
         # Not tiktoken's own loader: it caches by path, and would miss that a file has changed.
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except (ValueError, binascii.Error):
-                raise ValueError(f"{path}: line {number} is not '<base64 token> <rank>': {line[:40]!r}") from None
-        need(
-            sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256)),
-            f"{path}: the ranks must be 0 .. n-1 and the 256 single bytes among the tokens",
-        )
+        with one_line(f"{path}: must be lines of '<base64 token> <rank>'"):
+            pairs = [line.split() for line in path.read_bytes().splitlines()]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        whole = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
+        need(whole, f"{path}: the ranks must be 0 .. n-1 and the 256 single bytes among the tokens")
         return Tokenizer(ranks)
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`; with `bos`, begin_of_text first. Special tokens' names in the text are plain text unless `special`."""
         encode = partial(self.bpe.encode, allowed_special="all") if special else self.bpe.encode_ordinary
-        # The split's regular expression overflows its stack in a run of a million spaces: cut runs, as Meta's own code does.
-        runs = re.finditer(r"\s{25001,}|\S{25001,}", text)
-        cuts = [0, *(i for run in runs for i in range(run.start() + 25_000, run.end(), 25_000)), len(text)]
-        ids = [i for a, b in itertools.pairwise(cuts) for i in encode(text[a:b])]
+        # The split's regular expression overflows its stack in a run of a million spaces: cut such runs.
+        ids = [i for piece in re.split(r"(\s{25000})", text) for i in encode(piece)]
         return [self.bos, *ids] if bos else ids
 
     def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
@@ -661,17 +618,6 @@ class Tokenizer:
 # Hugging Face's format
 
 
-def in_one_line(what: str, call: Callable):
-    """What transformers returns, or why it doesn't as a ValueError: broken files raise all kinds, Rust's panics among them."""
-    try:
-        return call()
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{what}: {reason[:300]}") from None
-
-
 def from_pretrained(kind: str, folder: str | Path):
     """transformers' AutoConfig, AutoTokenizer or GenerationConfig of a folder. ValueError in one line if it has none."""
     try:
@@ -680,8 +626,8 @@ def from_pretrained(kind: str, folder: str | Path):
         raise ValueError(f"checkpoint {folder}: Hugging Face's format needs more packages: pip install -e '.[hf]'") from None
     need(int(transformers.__version__.split(".")[0]) >= 5, f"transformers must be 5 or newer, not {transformers.__version__}")
     transformers.logging.set_verbosity_error()
-    read = partial(getattr(transformers, kind).from_pretrained, folder, local_files_only=True)
-    return in_one_line(f"checkpoint {folder}: {kind} cannot be read", read)
+    with one_line(f"checkpoint {folder}: {kind} cannot be read"):
+        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
 
 
 def config_from_hugging_face(folder: str | Path) -> LlamaConfig:
@@ -729,9 +675,9 @@ def meta_name(name: str) -> str:
 
 def read_safetensors(folder: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of model.safetensors, or of the files that model.safetensors.index.json names, as memory maps."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 
-    index, files = {}, ["model.safetensors"]
+    files = ["model.safetensors"]
     if (Path(folder) / "model.safetensors.index.json").is_file():
         index = read_json(folder, "model.safetensors.index.json").get("weight_map")
         named = isinstance(index, dict) and index and all(isinstance(file, str) for file in index.values())
@@ -739,18 +685,8 @@ def read_safetensors(folder: str | Path) -> dict[str, torch.Tensor]:
         files = sorted(set(index.values()))
     weights = {}
     for path in [checkpoint_file(folder, name) for name in files]:  # all are there before one is read
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not readable as safetensors: {error}") from None
-        twice = sorted(found.keys() & weights.keys())
-        need(not twice, f"checkpoint {folder}: {twice[:1]} is in {path.name} and in another file that the index names")
-        weights |= found
-    for name in index:
-        need(name in weights, f"checkpoint {folder}: the index names {name}, which {index[name]} does not hold")
-    for name, w in weights.items():
-        need(is_weight(w), f"checkpoint {folder}: {name} must hold floating-point numbers, not {w.dtype}")
+        with one_line(f"{path}: not readable as safetensors"):
+            weights |= load_file(path)
     return {meta_name(name): w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
@@ -773,11 +709,6 @@ class HuggingFaceTokenizer:
 
     def __init__(self, folder: str | Path):
         self.folder, self.tokenizer = folder, from_pretrained("AutoTokenizer", folder)
-        self.vocab_size = len(self.tokenizer)
-        if (Path(folder) / "tokenizer.json").is_file():  # whose ids for special tokens are not always those that are used
-            for token in read_json(folder, "tokenizer.json").get("added_tokens") or ():
-                there, used = token["id"], self.tokenizer.convert_tokens_to_ids(token["content"])
-                need(there == used, f"checkpoint {folder}: {token['content']} is {there} in tokenizer.json, {used} in use")
         if self.tokenizer.chat_template is None and "<|im_end|>" in self.tokenizer.get_vocab():
             self.tokenizer.chat_template = CHATML
         self.bos = next(iter(self.encode("", bos=True)), None)
@@ -793,17 +724,17 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Ids of `text`; with `bos`, what the tokenizer puts around a text. Special tokens' names are text unless `special`."""
-        encode = partial(self.tokenizer.encode, text, add_special_tokens=bos, split_special_tokens=not special)
-        return in_one_line(f"checkpoint {self.folder}: its tokenizer fails", encode)
-
-    def render(self, messages: Sequence[tuple[str, str]], **options):
-        said = [{"role": role, "content": text} for role, text in messages]
-        render = partial(self.tokenizer.apply_chat_template, said, return_dict=False, **options)
-        return in_one_line(f"checkpoint {self.folder}: chat template", render)  # which may refuse, in words of its own
+        with one_line(f"checkpoint {self.folder}: its tokenizer fails"):
+            return self.tokenizer.encode(text, add_special_tokens=bos, split_special_tokens=not special)
 
     def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Ids of a conversation of (role, text) by the checkpoint's template, up to where the assistant's turn begins."""
         return self.render(messages, add_generation_prompt=True)
+
+    def render(self, messages: Sequence[tuple[str, str]], **options):
+        said = [{"role": role, "content": text} for role, text in messages]
+        with one_line(f"checkpoint {self.folder}: chat template"):  # which may refuse, in words of its own
+            return self.tokenizer.apply_chat_template(said, return_dict=False, **options)
 
     def end_of_turn(self) -> list[int]:
         """The special token, if there is one, that the chat template puts after an assistant's turn."""

@@ -7,7 +7,6 @@ success, 2 with one line on a mistake in the arguments or the checkpoint, 130 af
 
 import argparse
 import json
-import math
 import os
 import re
 import signal
@@ -25,17 +24,7 @@ if __name__ == "__main__" and heed is signal.default_int_handler:
 import torch
 import torch.distributed as dist
 
-from model import (
-    Decoder,
-    Llama,
-    LlamaConfig,
-    Tokenizer,
-    check_dense_layers,
-    check_prompt,
-    check_sampling,
-    processes,
-    read_checkpoint,
-)  # fmt: skip
+from model import Decoder, Llama, LlamaConfig, Tokenizer, check_dense, check_prompt, check_sampling, processes, read_checkpoint
 from retro_attention import RetroConfig, Step, need
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,16 +35,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Parser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def parse_args(self, args=None, namespace=None):
-        """--max-new-tokens is --max_new_tokens."""
-        args = sys.argv[1:] if args is None else args
-        return super().parse_args(
-            [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), x) for x in args], namespace
-        )
-
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
 
@@ -75,14 +54,11 @@ def add_method_options(add: Callable, retro: RetroConfig, dtype: str = "auto"):
 def choose_device(name: str) -> torch.device:
     present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     present += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
-    try:
-        mine = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else present[0]
-        device = torch.device(mine if name == "auto" else name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r}: unknown; this machine has {', '.join(present)}") from None
-    if device.type not in present and f"{device.type}:{device.index or 0}" not in present:
-        raise ValueError(f"device {name!r}: not on this machine, which has {', '.join(present)}")
-    return device
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    name = present[0] if name == "auto" else name
+    need(name in present, f"device {name!r}: not on this machine, which has {', '.join(present)}")
+    return torch.device(name)
 
 
 def parameters(config: LlamaConfig) -> int:
@@ -92,8 +68,7 @@ def parameters(config: LlamaConfig) -> int:
 
 def choose_threads(config: LlamaConfig, device: str):
     """One on a CPU for a small model, unless the user has set their number: threads wait for each other in products too small
-    to share. On two cores a second one gains nothing below 300 M parameters; beside another busy process it makes a step of a
-    model of 16 M to 135 M parameters two to three times as long."""
+    to share, and most of a step where another process is busy (docs/measured.md)."""
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ and parameters(config) < 100_000_000:
         torch.set_num_threads(1)
 
@@ -108,7 +83,7 @@ def load(args: argparse.Namespace) -> tuple[LlamaConfig, Tokenizer, torch.device
     device = choose_device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
     config, tok = read_checkpoint(args.checkpoint)[0].shard(), Tokenizer.from_checkpoint(args.checkpoint)
-    check_dense_layers(args.dense_layers, config)
+    check_dense(args.dense_layers, config)
     choose_threads(config, device.type)
     return config, tok, device, dtype
 
@@ -267,10 +242,7 @@ def check_memory(config: LlamaConfig, retro: RetroConfig, B: int, length: int, d
 
 def trace_target(value: str, config: LlamaConfig, retro: RetroConfig) -> tuple[int, int]:
     """LAYER[:HEAD] -> layer and KV head; empty is the first sparse layer. ValueError unless the model has it, and sparse."""
-    need(
-        retro.dense_layers < config.n_layer,
-        f"trace: nothing to draw, all {config.n_layer} layers are dense (--attention full, --dense_layers)",
-    )
+    need(retro.dense_layers < config.n_layer, f"trace: nothing to draw, all {config.n_layer} layers are dense")
     match = re.fullmatch(r"(\d+)(?::(\d+))?", value or str(retro.dense_layers))
     layer, head = (int(number or 0) for number in match.groups()) if match else (-1, -1)
     need(
@@ -376,29 +348,20 @@ class Trace:
         return lines
 
     def legend(self) -> list[str]:
-        pace = "every token" if self.every == 1 else f"every {self.every} tokens"
-        lines = [
-            f"--trace: layer {self.layer}, KV head {self.head}, {pace}. The strips are the context in pages, oldest first.",
+        pace = f"{self.every} tokens" if self.every > 1 else "token"
+        return [
+            f"--trace: layer {self.layer}, KV head {self.head}, every {pace}. The strips: the context in pages, oldest first.",
             "  t, the newest token       # loaded                   . not loaded",
-        ]
-        if self.window == 1:
-            return [*lines, "  The window is 1: there are no past rows, nothing is revised."]
-        lines += [
             "  t-1 ..., the past rows    + loaded, new to the row   - loaded, seen before   . not loaded",
             "  blank: the page begins after the row; of several pages in a character the foremost of # + - .",
             "  new      pages that the row meets for the first time; they were loaded for t in any case",
             "  mass     their share of the row's softmax over all that it has seen by now",
             "  output   how far its attention output moves by them: |after - before| / |before|",
+            "  K, V     the same of its key and value in the layer above, overwritten; all heads play a part",
         ]
-        above = self.layer + 1
-        if self.layer == self.last:
-            return [*lines, "  This is the last layer: there is none above, whose keys and values would move."]
-        return [*lines, f"  L{above} K, V  the same of its key and value in layer {above}, overwritten; all heads play a part"]
 
     def summary(self) -> list[str]:
-        if not self.means:
-            return ["", f"--trace: nothing drawn, the text ended before its token {self.every + 1}"]
-        if self.window == 1:
+        if not self.means or self.window == 1:
             return []
         lines = [
             "",
@@ -427,11 +390,11 @@ class Recorder:
         first = self.decoder.retro.first_window_page(step.t)
         touched = slice(first, step.t // ps + 1)  # by `write`
         width = cache.bounds[0, :, touched].double().diff(dim=2).mean(dim=(2, 3))  # (n_kv_head, pages)
-        names, heads = ("new", "mass", "output", "k", "v"), []
+        heads = []
         for h, changes in enumerate(revisions(step, ps)[:, 0].transpose(0, 1)):  # (5, R)
-            heads.append({name: [rounded(x) for x in values] for name, values in zip(names, changes.tolist(), strict=True)})
-            heads[-1] |= {"pages": step.pages[0, h].tolist(), "scores": [rounded(x) for x in step.scores[0, h].tolist()]}
-            heads[-1]["width"] = {first + j: rounded(x) for j, x in enumerate(width[h].tolist())}
+            head = dict(zip(("new", "mass", "output", "k", "v"), map(rounded, changes), strict=True))
+            head |= {"pages": step.pages[0, h].tolist(), "scores": rounded(step.scores[0, h])}
+            heads.append(head | {"width": dict(enumerate(rounded(width[h]), first))})
         self.steps.setdefault(step.t, {})[i] = heads
 
     def write(self) -> str:
@@ -442,13 +405,8 @@ class Recorder:
             return f"--trace: nothing to write to {self.path}, there was no decode step"
         retro = self.decoder.retro
         run = {"window": retro.window, "page_size": retro.page_size, "budget": retro.budget, "min_tokens": retro.min_tokens}
-        tokens = self.decoder.tokens[0, : steps[-1]["t"] + 1].tolist()
-        run |= {
-            "prompt_len": self.prompt_len,
-            "layers": layers,
-            "tokens": [self.tok.decode([x]) for x in tokens],
-            "steps": steps,
-        }
+        tokens = [self.tok.decode([x]) for x in self.decoder.tokens[0, : steps[-1]["t"] + 1].tolist()]
+        run |= {"prompt_len": self.prompt_len, "layers": layers, "tokens": tokens, "steps": steps}
         data = json.dumps(run, separators=(",", ":")).replace("<", "\\u003c")  # no text of a model ends the script
         template = (TINY.parent / "assets/viewer.html").read_text(encoding="utf-8")
         page = template.replace(">RUN<", f">{data}<")
@@ -456,9 +414,9 @@ class Recorder:
         return f"--trace: {len(steps)} steps written to {self.path}, {size(len(page))}"
 
 
-def rounded(x: float) -> float | None:
-    """With four digits; None for what JSON does not know."""
-    return float(f"{x:.4g}") if math.isfinite(x) else None
+def rounded(x: torch.Tensor) -> list[float]:
+    """With four digits: the page of a run is a tenth as large."""
+    return [float(f"{value:.4g}") for value in x.tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -495,7 +453,6 @@ def show(decoder: Decoder, stream, prompt: str, texts: list[TextStream], stop_to
     try:
         print(prompt, end="", flush=True)
         for tokens in stream:
-            decoder.check_finite()
             going = [(text, token) for text, token in zip(texts, tokens.tolist(), strict=True) if token not in stop_tokens]
             made.append((time.perf_counter(), len(going)))
             for text, token in going:
@@ -504,11 +461,10 @@ def show(decoder: Decoder, stream, prompt: str, texts: list[TextStream], stop_to
                     print(new, end="", flush=True)
     except KeyboardInterrupt:
         code = 130
-    print(texts[0].flush())
+    print(texts[0].flush(), flush=True)
     for text in texts[1:]:
         text.flush()
-        print(f"---------------\n{prompt}{text.text}")
-    print(end="", flush=True)
+        print(f"---------------\n{prompt}{text.text}", flush=True)
     return code, made
 
 
@@ -517,7 +473,6 @@ def prompt_ids(args: argparse.Namespace, config: LlamaConfig, tok: Tokenizer) ->
     prompt = args.prompt
     if prompt == "-" or prompt.startswith("FILE:"):
         path = prompt.removeprefix("FILE:")
-        need(path, "prompt FILE: needs a path")
         prompt = read_text(path, f"prompt file {path}")
     for name, text in (("prompt", prompt), ("system", args.system or "")):
         need(not re.search("[\ud800-\udfff]", text), f"{name} is not UTF-8")  # as Python keeps bytes that are not
@@ -534,7 +489,7 @@ def run(args: argparse.Namespace) -> int:
     need(args.num_samples >= 1, f"num_samples must be >= 1, not {args.num_samples}")
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     check_sampling(args.max_new_tokens, **sampling)  # here and not only in `stream`: before the weights are read
-    retro = retro_config(args, window=1 if args.attention == "quest" and args.window >= 1 else args.window)
+    retro = retro_config(args, window=1 if args.attention == "quest" else args.window)
     config, tok, device, dtype = load(args)
     if args.attention == "full":
         retro = replace(retro, window=1, dense_layers=config.n_layer)
@@ -550,16 +505,12 @@ def run(args: argparse.Namespace) -> int:
     idx = torch.tensor([ids] * args.num_samples, device=device)  # (B, T)
     stream = decoder.stream(idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens)
     print(memory, file=sys.stderr)
-    if args.chat and Path(args.checkpoint).resolve() == TINY:
-        print("tiny/ is not an instruct model: --chat means nothing to it", file=sys.stderr)
     recorder = Recorder(decoder, tok, len(ids), Path(args.trace)) if page and processes()[0] == 0 else None
     trace = Trace(decoder, tok, len(ids), length - len(ids), *target) if target and not page else None
     if trace:
         print("\n".join(trace.legend()), file=sys.stderr)
     texts, start = [TextStream(tok, ids) for _ in range(args.num_samples)], time.perf_counter()
     code, made = show(decoder, stream, prompt, texts, tok.stop_tokens)
-    if len(made) == config.max_seq_len - len(ids):
-        print(f"The context of {config.max_seq_len} tokens is full.", file=sys.stderr)
     lines = (trace.summary() if trace else []) + report(decoder, len(ids), start, made)
     if recorder:
         lines.append(recorder.write())

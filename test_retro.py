@@ -964,13 +964,6 @@ def test_logits_that_are_not_finite_are_said():
         lambda: model.score(text, 30, SPARSE), lambda: model.score(text, 10, None),
     ):  # fmt: skip
         refused(call, "logits are not finite: its weights are broken, or too large for torch.float64")
-    decoder = Decoder(model, 2, SPARSE)
-    decoder.prefill(prompt)
-    for temperature in (0, 1):  # drawn from, nothing fails before it is asked
-        sample_token(decoder.step(torch.full((2,), bad)), temperature, None, None, None)
-    refused(decoder.check_finite, "logits are not finite")
-    decoder.rewind(19)
-    decoder.check_finite()
 
 
 def test_moving_and_casting_are_pytorch_s():
@@ -1150,9 +1143,9 @@ PTH, UNREADABLE = "consolidated.00.pth", "not a readable PyTorch file of weights
 
 @pytest.mark.parametrize("change, message", [
     (damage("tokenizer.model"), "tokenizer.model is missing"),
-    (lambda folder: write_tokenizer(folder, lambda lines: [b"\x00\xff binary"]), "line 1 is not"),
-    (lambda folder: write_tokenizer(folder, lambda lines: lines[:9] + [b"YQ=="]), "line 10 is not"),
-    (lambda folder: write_tokenizer(folder, lambda lines: lines[:9] + [b"YWE= x"]), "line 10 is not"),
+    (lambda folder: write_tokenizer(folder, lambda lines: [b"\x00\xff binary"]), "must be lines of"),
+    (lambda folder: write_tokenizer(folder, lambda lines: lines[:9] + [b"YQ=="]), "must be lines of"),
+    (lambda folder: write_tokenizer(folder, lambda lines: lines[:9] + [b"YWE= x"]), "must be lines of"),
     (lambda folder: write_tokenizer(folder, lambda lines: lines[:255]), "256 single bytes"),
     (lambda folder: write_tokenizer(folder, lambda lines: lines[:-2] + lines[-1:]), "ranks must be 0"),
     (lambda folder: write_tokenizer(folder, lambda lines: lines + [b"YWFh 259"]), "ranks must be 0"),
@@ -1302,13 +1295,12 @@ def test_a_tied_head_that_is_in_the_file(tmp_path):
 
     write_hugging_face(tmp_path, tie_word_embeddings=True)
     weights, tokens = load_file(tmp_path / "model.safetensors"), random_tokens(1, 30)
-    for tied, scale in ((True, 1), (False, -2)):
+    for scale in (1, -2):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * scale
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
         ours = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
         with torch.no_grad():
             nearly_equal(ours(tokens), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(tokens).logits)
-        assert ours.config.tie_embeddings == tied
 
 
 @needs_transformers
@@ -1326,9 +1318,9 @@ def test_broken_safetensors_are_refused(tmp_path):
     (tmp_path / names[0]).unlink()
     refused(load, f"{names[0]} is missing")
     (tmp_path / names[0]).write_bytes((tmp_path / names[1]).read_bytes())
-    refused(load, f"is in {names[1]} and in another file")
+    refused(load, "no such tensor")
     edit(index, weight_map={"model.norm.weight": names[1], "no.such": names[1]})
-    refused(load, f"the index names (model.norm.weight|no.such), which {names[1]} does not hold")
+    refused(load, "no such tensor")
     edit(index, weight_map=[])
     refused(load, "has no weight_map")
     index.unlink()
@@ -1345,13 +1337,22 @@ def test_a_hugging_face_tokenizer_is_the_folder_s(tmp_path):
     for text in ("the other", "Ünïcødé 你好 🙂\r\n\t 1234  x \0", ""):
         assert ours.encode(text, bos=True) == theirs.encode(text) and ours.decode(ours.encode(text)) == text
     assert ours.encode("<|end|>the", special=True) == [260, 257] != ours.encode("<|end|>the")
-    assert (ours.bos, ours.vocab_size, ours.stop_tokens) == (258, 261, [7, 8, 9, 260])
+    assert (ours.bos, ours.stop_tokens) == (258, [7, 8, 9, 260])
     said = [("system", "be"), ("user", "the?"), ("assistant", "so"), ("user", "oh")]
     wanted = (
         "<|turn|>system:be<|end|><|turn|>user:the?<|end|><|turn|>assistant:so<|end|><|turn|>user:oh<|end|><|turn|>assistant:"
     )
     assert ours.chat(said) == ours.encode(wanted, special=True) and ours.decode(ours.chat(said)) == wanted
     assert ours.decode([257, 9999, 257]) == "thethe"  # an id that only the model has is no text
+    theirs.chat_template = None
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})  # ChatML's, and no template
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    chatml = Tokenizer.from_checkpoint(tmp_path)
+    assert chatml.decode(chatml.chat(said[:2])).startswith(
+        "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nthe?<|im_end|>\n"
+    )
+    assert chatml.encode("<|im_end|>", special=True)[0] in chatml.stop_tokens
     theirs.chat_template = "{{ raise_exception('no chat here') }}"
     theirs.save_pretrained(tmp_path)
     refused(lambda: Tokenizer.from_checkpoint(tmp_path).chat(said), "chat template: no chat here")
@@ -1551,7 +1552,8 @@ def test_the_table_of_quality_is_what_it_says(monkeypatch, decoded):
     model, args, tok = random_model(), quality_arguments(decoded=decoded), SimpleNamespace(bos=0)
     idx = bench.passages(args, model, tok)
     assert idx.shape == (3, 81) and torch.equal(idx, bench.passages(args, model, tok))
-    table = bench.text_quality(idx, args, BENCH, model)
+    monkeypatch.setattr(bench, "setup", lambda args: (BENCH, model, tok))
+    table = bench.quality(args)
     rows = table["rows"]
     assert rows["W=1"] == rows["Quest"] and rows["Quest"]["kl_to_quest"] == [0, 0] and rows["full"]["kl"] == 0
     assert len({row["kl"] for row in rows.values()}) == len(rows) - 1, "two methods are one"
@@ -1570,10 +1572,8 @@ def test_the_table_of_quality_is_what_it_says(monkeypatch, decoded):
     assert table["positions"] == [0, 8, 16, 23, 30]
     part = kl["W=4"][:, 8:16].mean(1)
     close(rows["W=4"]["kl_errors"][1], part.std() / math.sqrt(3), 1e-6)
-    difference = part - kl["Quest"][:, 8:16].mean(1)
-    close(rows["W=4"]["kl_to_quest_by_position"][1], [difference.mean(), difference.std() / math.sqrt(3)], 1e-6)
     args.neighbours, args.ablations, args.windows = ["ReSA"], ["not looking back"], [4]
-    rows = bench.text_quality(idx, args, BENCH, model)["rows"]
+    rows = bench.quality(args)["rows"]
     assert list(rows) == ["full", "Quest", "W=4", "W=4 not looking back", "ReSA"]
     close(rows["W=4"]["kl_to_control"][0], rows["W=4"]["kl"] - rows["W=4 not looking back"]["kl"], 1e-6)
 
@@ -1646,7 +1646,8 @@ def test_ablations_through_the_kernels(name):
 def test_a_full_budget_is_full_attention_in_the_table(monkeypatch):
     """With all tokens allowed every method is full attention, except that reading has its price."""
     monkeypatch.setattr(bench, "REFRESH", 8)
-    rows = bench.text_quality(random_tokens(3, 81), quality_arguments(), replace(BENCH, budget=1.0), random_model())["rows"]
+    monkeypatch.setattr(bench, "setup", lambda args: (replace(BENCH, budget=1.0), random_model(), SimpleNamespace(bos=0)))
+    rows = bench.quality(quality_arguments())["rows"]
     for name, row in rows.items():
         assert abs(row["kl"]) < 1e-5 and abs(row["gap"]) < 1e-5, name
     assert rows["full"]["kv_share"] == rows["TOVA"]["kv_share"] == 1 < rows["Quest"]["kv_share"] < rows["ReSA"]["kv_share"]
@@ -1738,8 +1739,7 @@ def test_longgen_counts_what_is_right(longgen):
     said = (
         "Answer_7: The answer is 1006. Answer_4: The answer is 1,003. Answer_5: The answer is 1. Answer_5: The answer is 1004."
     )
-    results, records = longgen(said, "--n 4 --prompts 2")
-    rows = results["n=4"]
+    rows, records = longgen(said, "--n 4 --prompts 2")
     assert list(rows) == ["full", "Quest", "W=2"]
     for row in rows.values():
         assert (row["right"], row["right by position"], row["answered"]) == (2 / 8, 0, 6 / 8)
@@ -1751,7 +1751,7 @@ def test_longgen_counts_what_is_right(longgen):
 def test_longgen_asks_single_questions_side_by_side(longgen):
     """Prompts of one length in batches, each record under its own number."""
     results, records = longgen("1000 + 5 is 1005. The answer is 1,005. 7", "--n 1 --prompts 17 --batch 4")
-    assert results["n=1"]["W=2"]["right"] == pytest.approx(1 / 17) and results["n=1"]["full"]["answered"] == 1
+    assert results["W=2"]["right"] == pytest.approx(1 / 17) and results["full"]["answered"] == 1
     assert sorted(record["prompt"] for record in records if record["method"] == "Quest") == list(range(17))
     assert {record["prompt"] for record in records if record["right"][0]} == {2}
 
@@ -1765,17 +1765,18 @@ def test_longgen_makes_prompts_of_one_length(tmp_path):
     args = f"--examples {tmp_path}/examples --questions {tmp_path}/questions --out x --shots 3 --prompts 5 --one_length"
     args = bench.parse_args(["longgen", *args.split()])
     for n in (1, 4):
-        prompts = bench.longgen_prompts(args, n, 3000, tok)
+        args.n = n
+        prompts = bench.longgen_prompts(args, 3000, tok)
         assert len({len(ids) for ids, _ in prompts}) == 1
         assert [results for _, results in prompts] == [[40.0 + i * n + j for j in range(n)] for i in range(5)]
         texts = [tok.decode(ids) for ids, _ in prompts]
         assert all(f"{40 + i * n}?" in text and text.count("?") == 3 + n for i, text in enumerate(texts))
         assert len({text[: text.index("?")] for text in texts}) > 1, "the same examples for all"
-    args.prompts, args.examples = 20, args.questions  # too few to choose from
+    args.n, args.prompts, args.examples = 1, 20, args.questions  # too few to choose from
     (tmp_path / "questions").write_text("".join(json.dumps(line) + "\n" for line in [*pairs[:3], *pairs[40:57]]))
     args.shots = 0
     with pytest.raises(ValueError, match="one_length: no 0 examples make prompt"):
-        bench.longgen_prompts(args, 1, 3000, tok)
+        bench.longgen_prompts(args, 3000, tok)
 
 
 def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
@@ -1842,13 +1843,12 @@ def test_kernels_sets_the_time_beside_the_bytes(measure, monkeypatch):
     assert [(row["window"], row["budget"]) for row in rows] == [(1, 0.15), (8, 0.15), (1, 0.9)]
     for row in rows:
         pages, vector = 18 if row["budget"] == 0.9 else 16, 2 * 2 * 64 * 4  # batch, KV heads, head size, float32
-        nbytes, us = row["bytes"], row["us"]
+        nbytes = row["bytes"]
         assert nbytes["score"] == 2 * 20 * vector and nbytes["attend"] == 2 * pages * 16 * vector
         assert nbytes["four"] == 2 * (20 + pages * 16) * vector and nbytes["dense"] == 2 * 320 * vector
-        assert {*bench.KERNELS, "four", "ours"} <= set(us) and all(x > 0 for x in us.values())
-        assert row["share"]["four"] == pytest.approx(nbytes["four"] / rate * 1e6 / us["four"])
-        assert row["share"]["ours"] == pytest.approx(nbytes["dense"] / rate * 1e6 / us["ours"])
-        assert row["ours/four"] == pytest.approx(us["ours"] / us["four"])
+        assert all(row[name] > 0 for name in (*bench.KERNELS, "four", "ours"))
+        assert row["of the limit"] == pytest.approx(nbytes["four"] / rate * 1e6 / row["four"])
+        assert row["dense/four"] == pytest.approx(min(row[x] for x in bench.DENSE if x in row) / row["four"])
 
 
 def test_decode_sets_whole_steps_beside_the_bytes(measure):
@@ -1869,10 +1869,6 @@ def test_decode_sets_whole_steps_beside_the_bytes(measure):
         assert row["bytes"] == (30 * read + (3 * 2 * tokens + 7 * 2 * (held + pages * 16)) * vector) / 30
     for row in rows:
         assert row["share"] == pytest.approx(row["bytes"] / rate / row["ms"] * 1e3)
-        assert row["tokens/s"] == pytest.approx(2e3 / row["ms"])
-        assert row["kv MB"] == 10 * 2 * 400 * vector / 1e6
-    assert [row["bounds MB"] for row in rows] == [0, *[7 * 2 * 25 * vector / 1e6] * 2]
-    assert [row["outputs MB"] for row in rows] == [0, *(7 * 2 * W * 6 * 65 * 4 / 1e6 for W in (1, 2))]
     untied = bench.random_model(replace(config, tie_embeddings=False, max_seq_len=400), "cpu", torch.float32)
     # Of the embedding table itself a step takes single rows.
     assert bench.step_bytes(untied, None, 2, 385) == read + 10 * 2 * 385 * vector
@@ -1887,9 +1883,6 @@ def test_quick_changes_what_is_not_given():
     usual, quick, both = (bench.parse_args(["quality", *x.split()]) for x in ("", "--quick", "--quick --passages 24"))
     assert (usual.passages, quick.passages, both.passages) == (16, 8, 24)
     assert usual.length > quick.length == both.length and bench.parse_args(["quality"]).passages == 16
-    for command, option in (("decode", "settings"), ("kernels", "windows"), ("quality", "windows")):
-        default = getattr(bench.parse_args([command]), option)  # what --help shows can be typed
-        assert getattr(bench.parse_args([command, f"--{option}", *shlex.split(str(default))]), option) == default
 
 
 @pytest.mark.parametrize("args, message", [  # a row for each way that a value takes
@@ -1899,8 +1892,8 @@ def test_quick_changes_what_is_not_given():
     ("decode --settings 1024x0", "a batch >= 1, not 1024x0"), ("quality --windows 2 0", "windows: must be >= 1, not 0"),
     ("quality --passages 1", "passages: must be >= 2, not 1"), ("longgen --prompts 1", "prompts: must be >= 2, not 1"),
     ("quality --budget 0", r"in \(0, 1\], not 0"), ("quality --dense_layers 99", "dense_layers must be between 0"),
-    ("decode --dense_layers 11 --shape tiny", "dense_layers must be between 0 and 10, not 11"),
-    ("quality --checkpoint nowhere", "checkpoint nowhere: no such folder"), ("quality --device abacus", "'abacus': unknown"),
+    ("decode --dense_layers 11 --shape tiny", "dense_layers must be between 0 and the model's 10 layers, not 11"),
+    ("quality --checkpoint nowhere", "checkpoint nowhere: no such folder"), ("quality --device abacus", "'abacus': not on"),
     ("quality --text nowhere", "nowhere: No such file"), ("quality --text tiny/consolidated.00.pth", "not UTF-8 at byte"),
     ("quality --text LICENSE", r"LICENSE has \d+ tokens: 16 passages of 3584 need 57344"),
     ("quality --prefix 4000", "prefix \\+ length must be at most 4095, not 7072"),
@@ -1954,7 +1947,7 @@ def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
     assert command(capsys, "", "--prompt", f"FILE:{tmp_path}/prompt")[1] == wanted
     (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbfIt was a dark night")  # as editors on Windows begin a file
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert command(capsys, "--max-new-tokens 16", "--prompt", "FILE:~/prompt")[1] == wanted
+    assert command(capsys, "", "--prompt", "FILE:~/prompt")[1] == wanted
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"It was a dark night")))
     assert command(capsys, "--prompt -")[1] == wanted
     # One default for one thing: the same text from Python.
@@ -1963,8 +1956,7 @@ def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
     retro = RetroConfig(page_size=8, min_tokens=16, dense_layers=0)
     assert tok.decode(model.generate(idx, 16, retro, seed=1337)[0, 1:].tolist()) + "\n" == wanted
     assert Decoder(model, 1).retro == RetroConfig()
-    _, text, report = command(capsys, "--chat")
-    assert not text.startswith("It was") and "tiny/ is not an instruct model" in report
+    assert not command(capsys, "--chat")[1].startswith("It was")
     code, text, report = command(capsys, "", "--prompt", "")
     assert code == 0 and text and "prompt of 1 tokens" in report
     monkeypatch.setattr(Tokenizer, "encode", lambda *args, **options: [])  # as Qwen's, which has no begin-of-text
@@ -2001,7 +1993,7 @@ def test_a_small_model_takes_one_thread_unless_the_user_says_otherwise(capsys, m
         monkeypatch.setattr(torch, "set_num_threads", found.append)
         monkeypatch.setenv("OMP_NUM_THREADS", "2") if said else monkeypatch.delenv("OMP_NUM_THREADS")
         assert command(capsys)[0] == 0 and found == wanted
-    sample.choose_threads(bench.SHAPES["1b"], "cpu")
+    sample.choose_threads(bench.SHAPES["8b"], "cpu")
     assert found == [1]
 
 
@@ -2020,7 +2012,7 @@ def test_the_end_of_the_context(capsys, monkeypatch):
     monkeypatch.setattr(sample, "read_checkpoint", lambda folder: (replace(config, max_seq_len=64), weights))
     monkeypatch.setattr(Llama, "from_checkpoint", partial(Llama.from_checkpoint, max_seq_len=64))
     code, _, report = command(capsys, "--max_new_tokens 1000")
-    assert code == 0 and "The context of 64 tokens is full." in report and "context 64 of 64" in report
+    assert code == 0 and "context 64 of 64" in report
     refused_in_a_line(command(capsys, "", "--prompt", "It was " * 40), "must be between 1 and 63")
     for option, value in (("temperature", -1), ("top_k", 0), ("top_p", 0), ("seed", -1), ("max_new_tokens", 0)):
         refused_in_a_line(command(capsys, f"--{option} {value}"), f"{option} must be .* not {value}")  # each in its place
@@ -2028,16 +2020,16 @@ def test_the_end_of_the_context(capsys, monkeypatch):
 
 @pytest.mark.parametrize("options, message", [  # a row for each way that a value takes
     ("--window two", "--window: invalid int"), ("--impl cuda", "--impl: invalid choice"),
-    ("--num_samples 0", "num_samples must be >= 1"), ("--window 0 --attention quest", "window must be .* from 1 to 256, not 0"),
-    ("--window 5000", "window must be .* from 1 to 256, not 5000"), ("--prompt FILE:", "prompt FILE: needs a path"),
+    ("--num_samples 0", "num_samples must be >= 1"),
+    ("--window 5000", "window must be .* from 1 to 256, not 5000"), ("--prompt FILE:", "prompt file : Is a directory"),
     ("--system be", "a system message needs --chat"), ("--prompt \udcff", "prompt is not UTF-8"),
-    ("--max_new 3", "unrecognized arguments"),
+    ("--max_new_token_s 3", "unrecognized arguments"),
     ("--budget 0 --attention full", r"budget must be in \(0, 1\], not 0"), ("--min_tokens 0", "min_tokens must be .* not 0"),
     ("--page_size 12", "power of two, not 12"), ("--dense_layers -1", "dense_layers must be .* not -1"),
     ("--dense_layers 99", "dense_layers must be between 0 and the model's .* not 99"),
     ("--checkpoint nowhere", "checkpoint nowhere: no such folder"), ("--prompt FILE:nowhere", "prompt file nowhere"),
     ("--prompt FILE:tiny/consolidated.00.pth", "not UTF-8 at byte"),
-    ("--device abacus", "device 'abacus': unknown"), ("--device cuda:77", "device 'cuda:77': not on this machine"),
+    ("--device abacus", "device 'abacus': not on this machine"), ("--device cuda:77", "device 'cuda:77': not on this machine"),
     ("--trace 1:99", "trace must be .* not '1:99'"), ("--trace --attention full", "all 10 layers are dense"),
     ("--trace --dense_layers 10", "all 10 layers are dense"), ("--trace nowhere/x.html", "nowhere/x.html: no such folder"),
 ])  # fmt: skip
@@ -2377,10 +2369,10 @@ def test_trace_draws_and_leaves_the_text_alone(capsys):
     assert report.count("\nt-2 ") == 5 and "L2 K" in report and "means over 5 tokens" in report
     assert re.findall(r"\n +(\d+) +\d+\.\d( +\d+\.\d\d)( +\d+\.\d\d%){4}(?=\n)", report)[-1][0] == str(config.n_layer - 1)
     quest = command(capsys, "--trace --attention quest")[2]
-    assert "layer 0, KV head 0, every 3" in quest and "no past rows" in quest and "\nt-1" not in quest and "nan" not in quest
+    assert "layer 0, KV head 0, every 3" in quest and "\nt-1" not in quest and "nan" not in quest
     last = command(capsys, f"--trace {config.n_layer - 1}")[2]
     assert "\nt-1 " in last and f"L{config.n_layer}" not in last
-    assert "nothing drawn" in command(capsys, "--trace --max_new_tokens 1")[2]
+    assert "\nposition" not in command(capsys, "--trace --max_new_tokens 1")[2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
