@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -217,21 +217,19 @@ def random_qkv(B=2, T=75, n_head=6, n_kv_head=2, hs=32, seed=0):
     return [torch.randn(B, T, n, hs, generator=generator, dtype=torch.float64) * 1.5 for n in (n_head, n_kv_head, n_kv_head)]
 
 
-def start(model, retro, tokens, prompt_len, fill=math.nan):
-    """A decoder after its prefill, if any, and its logits. All memory of its caches held `fill` before: nothing may depend on
-    it."""
+def start(model, retro, tokens, prompt_len):
+    """A decoder after its prefill, if any, and its logits. Its caches held NaN before: nothing may depend on it."""
     decoder = Decoder(model, len(tokens), retro, max_seq_len=min(model.config.max_seq_len, tokens.shape[1] + 40))
     for layer in decoder.layers:
         for x in (layer.cache.k, layer.cache.v, layer.cache.bounds):
             if x is not None:
-                x.fill_(fill)
+                x.fill_(math.nan)
     return decoder, decoder.prefill(tokens[:, :prompt_len]) if prompt_len else None
 
 
-def decode(model, retro, tokens, prompt_len, fill=math.nan):
-    """The same as `oracle`, by the module: logits (B, T - prompt_len + 1, vocab) and the decoder. A text may begin without a
-    prompt."""
-    decoder, first = start(model, retro, tokens, prompt_len, fill)
+def decode(model, retro, tokens, prompt_len):
+    """The same as `oracle`, by the module: logits (B, T - prompt_len + 1, vocab) and the decoder; prompt_len may be 0."""
+    decoder, first = start(model, retro, tokens, prompt_len)
     steps = [decoder.step(tokens[:, i]) for i in range(prompt_len, tokens.shape[1])]
     return torch.stack([first, *steps] if prompt_len else steps, 1), decoder
 
@@ -257,15 +255,6 @@ def run_layer(retro, q, k, v, prompt_len):
     for t in range(prompt_len, q.shape[1]):
         rows = (torch.arange(retro.window) + t - retro.window + 1).clamp(min=0)
         yield t, layer.decode(q[:, rows], k[:, rows], v[:, rows], cos, sin, torch.tensor(t)), layer
-
-
-def pages_met(loads, row, until, prompt_len):
-    """Pages that a row has met after step `until`, (B, n_kv_head, P) bool: all, if it is the prompt's, and what the steps
-    since have loaded. `loads[t]` are the pages that the module says it loaded at step t, whatever they are."""
-    met = torch.full_like(loads[until], row < prompt_len)
-    for step in range(max(row, prompt_len), until + 1):
-        met |= loads[step]
-    return met
 
 
 def softmax_over(q, k, v, keys):
@@ -296,7 +285,7 @@ def close(a, b, tol):
 
 
 def test_bounds_hold_and_are_tight_after_every_overwriting_step():
-    """Invariant 1. Guards against running minima that cannot shrink again, and unwritten keys inside the bounds."""
+    """Guards against running minima that cannot shrink again, and unwritten keys inside the bounds."""
     model, tokens = random_model(), random_tokens(2, 60)
     decoder, _ = start(model, SPARSE, tokens, 21)
     for t in range(21, 60):
@@ -312,17 +301,6 @@ def test_bounds_hold_and_are_tight_after_every_overwriting_step():
                 assert (np.einsum("bhd,bhkd->bhk", one, page) <= bound[..., None] + 1e-12).all()
                 total[:, :, j] += bound
             close(score(q, cache, torch.tensor(t)), total, 1e-12)
-
-
-def test_ties_go_to_the_lower_page_and_the_window_is_always_loaded():
-    """Guards against topk's free choice among equals, and an off-by-one in the pages that the window touches."""
-    q, k, v = random_qkv(T=100)
-    for t, _, layer in run_layer(SPARSE, q, torch.zeros_like(k), v, prompt_len=30):
-        count, held, window = pages_to_load(SPARSE, t)
-        others = [j for j in range(held) if j not in window][: count - len(window)]
-        assert others, "no choice of pages: the test is empty"
-        for loaded in layer.cache.last_loaded.flatten(0, 1) == t:
-            assert loaded.nonzero().flatten().tolist() == sorted([*window, *others])
 
 
 @pytest.mark.parametrize("page_size, budget, min_tokens, W, t, pages", [
@@ -344,7 +322,7 @@ def test_pages_selected_is_exact_in_decimal(page_size, budget, min_tokens, W, t,
 
 @pytest.mark.parametrize("W, prompt_len", [(1, 9), (2, 20), (4, 1), (4, 24), (8, 3), (8, 30)])
 def test_union(W, prompt_len):
-    """Invariant 2. A row that leaves the window holds softmax attention over the union of the pages loaded meanwhile.
+    """A row that leaves the window holds softmax attention over the union of the pages loaded meanwhile.
 
     Guards against a missing causal mask, keys seen twice or never, a row that is not popped, and lse = 0 for an empty set.
     """
@@ -354,7 +332,9 @@ def test_union(W, prompt_len):
         row = t - W + 1  # leaves the window after this step
         if row < 0:
             continue
-        met = pages_met(loads, row, t, prompt_len)
+        met = torch.full_like(loads[t], row < prompt_len)  # a row of the prompt has met all
+        for step in range(max(row, prompt_len), t + 1):
+            met |= loads[step]
         gained += (met & ~loads[row]).sum() if row >= prompt_len else 0
         for b, head in np.ndindex(2, 6):
             keys = [j for j in range(row + 1) if met[b, head // 3, j // 8]]
@@ -365,7 +345,7 @@ def test_union(W, prompt_len):
 
 
 def test_merge_of_any_partition_is_the_whole():
-    """Invariant 3. Attention over the parts of a random partition, some of them empty, is attention over the whole."""
+    """Attention over the parts of a random partition, some of them empty, is attention over the whole."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         q, k, v = (x[0, :, 0] for x in random_qkv(B=1, T=40, n_head=1, n_kv_head=1, seed=int(rng.integers(1000))))
@@ -381,7 +361,7 @@ def test_merge_of_any_partition_is_the_whole():
 
 
 def test_merge_with_empty_sets():
-    """Invariant 3. Nothing merged in is the identity, bit for bit; nothing with nothing is o = 0, lse = -inf, and no NaN."""
+    """Nothing merged in is the identity, bit for bit; nothing with nothing is o = 0, lse = -inf, and no NaN."""
     some = torch.randn(1, 5, 32).double(), torch.tensor([[-900.0, -1, 0, 1, 900]]).double()
     none = torch.zeros_like(some[0]), torch.full_like(some[1], -torch.inf)
     for a, b, wanted in ((some, none, some), (none, some, some), (none, none, none)):
@@ -390,7 +370,7 @@ def test_merge_with_empty_sets():
 
 
 def test_attend_to_nothing():
-    """Invariant 3. A past row for which no page is new, or that stands before the text, gets o = 0 and lse = -inf."""
+    """A past row for which no page is new, or that stands before the text, gets o = 0 and lse = -inf."""
     q, k, v = random_qkv(T=20)
     cache = new_layer(SPARSE, q, k).cache
     store(k, v, cache, 19)
@@ -404,7 +384,7 @@ def test_attend_to_nothing():
 
 
 def test_window_one_is_quest():
-    """Invariant 5. Against Quest written again from its paper, one head and one page at a time."""
+    """Against Quest written again from its paper, one head and one page at a time."""
     q, k, v = random_qkv(T=90)
     for t, o, _ in run_layer(replace(SPARSE, window=1, budget=0.35), q, k, v, prompt_len=20):
         last, chosen = t // 8, {}
@@ -418,7 +398,7 @@ def test_window_one_is_quest():
 
 @pytest.mark.parametrize("position", [30, 32, 35, 39, 40])
 def test_a_past_row_never_sees_a_later_token(position):
-    """Invariant 6, in one layer: another k and v at `position` changes no earlier row, at no step, in no bit.
+    """Another k and v at `position` changes no earlier row, at no step, in no bit.
 
     The page of `position` is loaded in both runs as long as an earlier row is in the window, so both load the same pages.
     """
@@ -434,21 +414,6 @@ def test_a_past_row_never_sees_a_later_token(position):
         assert t < position or ((a - b)[:, before].abs().amax(-1) > 1e-6).all()  # but the row itself, in every head
 
 
-def test_a_past_row_of_the_model_never_sees_a_later_token():
-    """Invariant 6, through all layers; with all pages loaded, since the choice of pages does depend on the newest token."""
-    model, tokens, position, recorded = random_model(), random_tokens(2, 40), 26, []
-    other = tokens.clone()
-    other[:, position] = (tokens[:, position] + 1) % 61
-    model.layers[-1].attention.register_forward_hook(lambda module, args, x: recorded[-1].append(x.clone()))
-    for run in (tokens, other):
-        recorded.append([])
-        decode(model, replace(SPARSE, budget=1.0, dense_layers=0), run, 20)
-    for t, a, b in zip([19, *range(20, 40)], *recorded, strict=True):
-        rows = torch.arange(20) if t == 19 else torch.arange(t - 3, t + 1)
-        assert torch.equal(a[:, rows < position], b[:, rows < position])
-        assert not (t == position and torch.equal(a[:, -1], b[:, -1]))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The model: limits, overwriting, memory
 
@@ -458,7 +423,7 @@ def test_a_past_row_of_the_model_never_sees_a_later_token():
 )
 @pytest.mark.parametrize("W, prompt_len", [(1, 0), (2, 13), (4, 0), (4, 1), (8, 30), (100, 13)])
 def test_all_pages_is_dense(W, prompt_len, budget, min_tokens):
-    """Invariants 4 and 8. With all pages loaded, for whatever reason, nothing is left to correct: cached decoding is the
+    """With all pages loaded, for whatever reason, nothing is left to correct: cached decoding is the
     uncached forward pass.
 
     Guards against a position off by one between prefill, cache and RoPE, and one that claims a token nobody has written.
@@ -466,36 +431,6 @@ def test_all_pages_is_dense(W, prompt_len, budget, min_tokens):
     model, tokens = random_model(rope_scaling=8.0, tie_embeddings=True, qkv_bias=True), random_tokens(3, 50)
     retro = replace(SPARSE, window=W, dense_layers=0, budget=budget, min_tokens=min_tokens) if budget else None
     close(decode(model, retro, tokens, prompt_len)[0], model(tokens)[:, max(0, prompt_len - 1) :], 1e-10)
-
-
-def test_overwriting_changes_only_what_it_should():
-    """Invariant 7. The first sparse layer's K, V depend on no sparse attention: overwriting writes what was there.
-
-    Deeper layers' change. Outside the window the cache is untouched, bit for bit.
-    """
-    model, tokens, W = random_model(n_layer=4), random_tokens(2, 60), SPARSE.window
-    decoder, _ = start(model, SPARSE, tokens, 21)
-    changed = np.zeros((4, 2))
-    for t in range(21, 60):
-        before = [by_position(layer.cache) for layer in decoder.layers]
-        decoder.step(tokens[:, t])
-        for i, kv in np.ndindex(4, 2):
-            old, new = before[i][kv], by_position(decoder.layers[i].cache)[kv]
-            outside = torch.ones(new.shape[2], dtype=torch.bool)
-            outside[t - W + 1 : t + 1] = False
-            assert torch.equal(new[:, :, outside].nan_to_num(77), old[:, :, outside].nan_to_num(77))
-            changed[i, kv] = max(changed[i, kv], (new - old)[:, :, t - W + 1 : t].abs().max())
-    assert (changed[:2] < 1e-12).all() and (changed[2:] > 1e-3).all(), changed
-
-
-@pytest.mark.parametrize("W, prompt_len", [(1, 20), (4, 2), (8, 21)])
-def test_what_was_never_written_is_never_read(W, prompt_len):
-    """Invariant 7. Fresh memory may hold anything, also NaN, which a weight of zero would not remove."""
-    model, tokens, retro = random_model(), random_tokens(2, 50), replace(SPARSE, window=W)
-    clean, _ = decode(model, retro, tokens, prompt_len, fill=0.0)
-    assert clean.isfinite().all()
-    for fill in (math.nan, math.inf, 1e30):
-        assert torch.equal(decode(model, retro, tokens, prompt_len, fill)[0], clean)
 
 
 def test_a_second_prompt_starts_afresh():
@@ -514,8 +449,28 @@ def test_a_second_prompt_starts_afresh():
     assert decoder.step(tokens[:, 89]).isfinite().all() and decoder.layers[1].cache.out.isfinite().all()
 
 
+def test_overwriting_changes_only_what_it_should():
+    """The first sparse layer's K, V depend on no sparse attention: overwriting writes what was there.
+
+    Deeper layers' change. Outside the window the cache is untouched, bit for bit.
+    """
+    model, tokens, W = random_model(n_layer=4), random_tokens(2, 60), SPARSE.window
+    decoder, _ = start(model, SPARSE, tokens, 21)
+    changed = np.zeros((4, 2))
+    for t in range(21, 60):
+        before = [by_position(layer.cache) for layer in decoder.layers]
+        decoder.step(tokens[:, t])
+        for i, kv in np.ndindex(4, 2):
+            old, new = before[i][kv], by_position(decoder.layers[i].cache)[kv]
+            outside = torch.ones(new.shape[2], dtype=torch.bool)
+            outside[t - W + 1 : t + 1] = False
+            assert torch.equal(new[:, :, outside].nan_to_num(77), old[:, :, outside].nan_to_num(77))
+            changed[i, kv] = max(changed[i, kv], (new - old)[:, :, t - W + 1 : t].abs().max())
+    assert (changed[:2] < 1e-12).all() and (changed[2:] > 1e-3).all(), changed
+
+
 def test_output_cache_is_independent_of_the_length():
-    """Invariant 9. W rows of n_head * (hs + 1) float32 numbers per sequence, for a model in half precision too."""
+    """W rows of n_head * (hs + 1) float32 numbers per sequence, for a model in half precision too."""
     q, k, _ = (x.bfloat16() for x in random_qkv(B=3))
     for max_seq_len in (64, 8192):
         cache = new_layer(RetroConfig(window=4), q, k, max_seq_len).cache
@@ -555,7 +510,7 @@ def check_against_oracle(model, retro, tokens, prompt_len, tol):
     (6, 2, 32, 8, 2, 1, 1, 70, 0, 0.15), (6, 2, 32, 1, 4, 2, 5, 50, 0, 0.3), (6, 2, 32, 4, 16, 2, 15, 60, 0, 0.3),
 ])  # fmt: skip
 def test_random_models_against_the_oracle(n_head, n_kv_head, hs, page_size, W, B, prompt_len, T, dense_layers, budget):
-    """Invariant 11. GQA ratios, batches, ragged pages, windows, page and head sizes; prompts shorter than the window too."""
+    """GQA ratios, batches, ragged pages, windows, page and head sizes; prompts shorter than the window too."""
     retro = RetroConfig(page_size=page_size, budget=budget, min_tokens=10, window=W, dense_layers=dense_layers)
     check_against_oracle(random_model(n_head, n_kv_head, hs), retro, random_tokens(B, T), prompt_len, 1e-10)
 
@@ -647,8 +602,41 @@ def in_float64(cache):
     return cache
 
 
-def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget):
-    """One decode step, kernel by kernel."""
+PLACES = [  # B, n_kv_head, t, min_tokens: where a sequence may stand
+    (1, 1, 397, 200),  # several tiles per split; the last page is ragged
+    (3, 1, 127, 32),  # it is full
+    (1, 1, 64, 8),  # it has just begun, and the window lies in two pages
+    (1, 2, 40, 256),  # below the floor: all pages are selected
+    (3, 1, 3, 8),  # fewer tokens than rows, for the larger windows
+    (1, 1, 0, 8),  # the very first token
+]
+SHAPES = list(itertools.product((1, 3, 4, 8), (1, 2, 4, 8), (8, 16, 32), (32, 64, 128)))  # G, W, page size, hs
+if DEVICE != "cuda":  # the interpreter is slow: a third of them, in which every pair of values still meets
+    SHAPES = [shape for i, shape in enumerate(SHAPES) if (i // 36 + i // 9 + i // 3 + i) % 3 == 0]
+ODD_SHAPES = [
+    (1, 1, 1, 16), (2, 3, 2, 32), (3, 5, 4, 64), (4, 2, 8, 128), (5, 8, 16, 32), (6, 4, 64, 64),
+    (7, 1, 32, 128), (8, 8, 16, 128), (1, 8, 8, 64), (4, 4, 16, 128), (2, 2, 1, 64), (3, 7, 8, 16),
+]  # fmt: skip
+
+
+def kernel_cases():
+    """Shapes, places and dtypes: every pair of values meets, not every combination. Then budgets, floors and positions that
+    nobody thought of, in a dozen odd shapes (each is compiled anew on a GPU)."""
+    dtypes = list(KERNEL_DTYPES)
+    for i, shape in enumerate(SHAPES):
+        yield *shape, *PLACES[(i + i // 6) % 6], dtypes[i // 5 % len(dtypes)], 0.3
+    for seed in range(300 if DEVICE == "cuda" else 12):
+        draw = random.Random(seed).choice
+        t, min_tokens = draw(range(2000 if DEVICE == "cuda" else 300)), draw((1, 10, 64, 500))
+        B, n_kv_head, budget = draw((1, 2, 3)), draw((1, 2)), draw((0.01, 0.07, 0.15, 0.5, 1.0))
+        yield *ODD_SHAPES[seed % 12], B, n_kv_head, t, min_tokens, dtypes[seed // 12 % len(dtypes)], budget
+
+
+@needs_triton
+@pytest.mark.parametrize("G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget", list(kernel_cases()), ids=str)
+def test_kernels_equal_their_twins(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget):
+    """One decode step: each kernel, given what its twin is given, writes and returns the same; what was
+    never written is NaN and stays out."""
     config = RetroConfig(page_size=ps, budget=budget, min_tokens=min_tokens, window=W)
     cache, position, gen = cache_at(config, B, n_kv_head, G, hs, t, dtype, seed=t)
     held, S = t // ps + 1, config.pages_selected(t)
@@ -694,44 +682,6 @@ def check_kernels(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget):
     assert_close(kernels.combine(*parts, cache, position), wanted, dtype, "combine")
     assert_close(cache.out, twin.out, torch.float32, "combine: out")
     assert_close(cache.lse, twin.lse, torch.float32, "combine: lse")
-
-
-PLACES = [  # B, n_kv_head, t, min_tokens: where a sequence may stand
-    (1, 1, 397, 200),  # several tiles per split; the last page is ragged
-    (3, 1, 127, 32),  # it is full
-    (1, 1, 64, 8),  # it has just begun, and the window lies in two pages
-    (1, 2, 40, 256),  # below the floor: all pages are selected
-    (3, 1, 3, 8),  # fewer tokens than rows, for the larger windows
-    (1, 1, 0, 8),  # the very first token
-]
-SHAPES = list(itertools.product((1, 3, 4, 8), (1, 2, 4, 8), (8, 16, 32), (32, 64, 128)))  # G, W, page size, hs
-if DEVICE != "cuda":  # the interpreter is slow: a third of them, in which every pair of values still meets
-    SHAPES = [shape for i, shape in enumerate(SHAPES) if (i // 36 + i // 9 + i // 3 + i) % 3 == 0]
-ODD_SHAPES = [
-    (1, 1, 1, 16), (2, 3, 2, 32), (3, 5, 4, 64), (4, 2, 8, 128), (5, 8, 16, 32), (6, 4, 64, 64),
-    (7, 1, 32, 128), (8, 8, 16, 128), (1, 8, 8, 64), (4, 4, 16, 128), (2, 2, 1, 64), (3, 7, 8, 16),
-]  # fmt: skip
-
-
-def kernel_cases():
-    """Shapes, places and dtypes: every pair of values meets, not every combination. Then budgets, floors and positions that
-    nobody thought of, in a dozen odd shapes (each is compiled anew on a GPU)."""
-    dtypes = list(KERNEL_DTYPES)
-    for i, shape in enumerate(SHAPES):
-        yield *shape, *PLACES[(i + i // 6) % 6], dtypes[i // 5 % len(dtypes)], 0.3
-    for seed in range(300 if DEVICE == "cuda" else 12):
-        draw = random.Random(seed).choice
-        t, min_tokens = draw(range(2000 if DEVICE == "cuda" else 300)), draw((1, 10, 64, 500))
-        B, n_kv_head, budget = draw((1, 2, 3)), draw((1, 2)), draw((0.01, 0.07, 0.15, 0.5, 1.0))
-        yield *ODD_SHAPES[seed % 12], B, n_kv_head, t, min_tokens, dtypes[seed // 12 % len(dtypes)], budget
-
-
-@needs_triton
-@pytest.mark.parametrize("case", list(kernel_cases()), ids=lambda case: "-".join(map(str, case)))
-def test_kernels_equal_their_twins(case):
-    """Invariants 10 and 11. Each kernel, given what its twin is given, writes and returns the same; what was never written is
-    NaN and stays out."""
-    check_kernels(*case)
 
 
 @needs_triton
@@ -809,27 +759,6 @@ def test_attend_kernel_empty_supplements_and_extreme_scores(dtype):
         assert_close(o, wanted_o[0], dtype, "o")
         assert_close(lse, wanted_lse[0], dtype, "lse")
         assert (lse[:, :-1] == -torch.inf).all() == (last_loaded == t - 1).all() and lse[:, -1].isfinite().all()
-
-
-def shipped_model():
-    """The checkpoint in tiny/; in the interpreter, which is slow, only its first three layers."""
-    model = Llama.from_checkpoint(TINY, device=DEVICE)
-    if DEVICE != "cuda":
-        model.layers, model.config.n_layer = model.layers[:3], 3
-    return model
-
-
-@needs_triton
-@pytest.mark.parametrize("window", [1, 2, 8])
-def test_same_greedy_tokens_through_triton_and_torch(window):
-    """Invariant 10. Trained weights, float32: the kernels together, over several layers and steps, decide as the reference
-    does."""
-    model, tok = shipped_model(), Tokenizer.from_checkpoint(TINY)
-    B, n = (2, 256) if DEVICE == "cuda" else (1, 4)
-    idx = torch.tensor(tok.encode(retro_attention.__doc__, bos=True)[: B * 100], device=DEVICE).view(B, 100)
-    retros = [replace(SPARSE, window=window, min_tokens=32, impl=impl) for impl in ("triton", "torch")]
-    found, wanted = (model.generate(idx, n, retro=retro, temperature=0).tolist() for retro in retros)
-    assert found == wanted
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU: CUDA graphs are not tested here")
@@ -914,15 +843,6 @@ def test_generate_and_score(retro, prompt_len):
     close(found, logits[:, :-1].log_softmax(-1).gather(2, other[:, prompt_len:, None])[..., 0], 1e-5)
 
 
-def test_seed():
-    """Same seed, same text; another seed, another text; rows of a batch draw on their own, and are equal when greedy."""
-    model, prompt = random_model(), random_tokens(1, 20).expand(2, 20)
-    first, again, other = (model.generate(prompt, 30, retro=SPARSE, seed=seed) for seed in (5, 5, 6))
-    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[0], first[1])
-    greedy = model.generate(prompt, 30, retro=SPARSE, temperature=0)
-    assert torch.equal(greedy[0], greedy[1])
-
-
 @pytest.mark.parametrize("temperature, top_k, top_p, weights", [  # of tokens with probabilities .4, .3, .2, .1
     (1, None, None, [4, 3, 2, 1]), (0.5, None, None, [16, 9, 4, 1]), (1, 3, None, [4, 3, 2, 0]), (1, 9, None, [4, 3, 2, 1]),
     (1, None, 0.65, [4, 3, 0, 0]), (1, None, 0.75, [4, 3, 2, 0]), (1, None, 1.0, [4, 3, 2, 1]), (1, 3, 0.35, [1, 0, 0, 0]),
@@ -949,6 +869,10 @@ def test_stop_tokens_and_the_end_of_the_context():
     assert text.shape[1] == min(64, max(ends) + 1) and min(ends) < max(ends)
     for row, expected, end in zip(text, free, ends, strict=True):
         assert torch.equal(row[:end], expected[:end]) and (row[end:] == stop).all()
+    decoder = Decoder(model, 3, SPARSE, max_seq_len=20)
+    decoder.prefill(prompt)
+    with pytest.raises(IndexError, match="position 20 is past the end of the cache of 20 tokens"):  # a GPU would just write
+        decoder.step(prompt[:, 0])
 
 
 def test_logits_that_are_not_finite_are_said():
@@ -964,14 +888,6 @@ def test_logits_that_are_not_finite_are_said():
         lambda: model.score(text, 30, SPARSE), lambda: model.score(text, 10, None),
     ):  # fmt: skip
         refused(call, "logits are not finite: its weights are broken, or too large for torch.float64")
-
-
-def test_moving_and_casting_are_pytorch_s():
-    """Guards against tables that stay behind on a device or in a precision."""
-    tokens, wanted = random_tokens(1, 30), Llama.from_checkpoint(TINY, dtype=torch.float64)
-    model = Llama.from_checkpoint(TINY).double().to(DEVICE)
-    assert torch.equal(model(tokens.to(DEVICE)).cpu() if DEVICE == "cpu" else wanted(tokens), wanted(tokens))
-    assert model.to("meta")(tokens.to("meta")).shape == (1, 30, 4096)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1028,7 +944,6 @@ def test_a_configuration_out_of_range_is_named(make, bad, message):
     (lambda model: Decoder(model, 1).prefill(random_tokens(1, 65)), "65 tokens.* between 1 and the context of 64"),
     (lambda model: Decoder(model, 2).prefill(random_tokens(1, 9)), "the prompt has 1 texts: must be 2"),
     (lambda model: Decoder(model, 1, max_seq_len=65), "max_seq_len must be between 1 and the context of 64, not 65"),
-    (lambda model: overflow(model).generate(random_tokens(1, 20), 5, temperature=0), "logits are not finite"),
 ])  # fmt: skip
 def test_a_call_names_what_is_wrong(call, message, monkeypatch):
     """A row changes an argument of `generate`, or is another call. Guards against a slice of the RoPE table that silently ends
@@ -1036,11 +951,6 @@ def test_a_call_names_what_is_wrong(call, message, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model, usual = random_model(max_seq_len=64), {"idx": random_tokens(1, 20), "max_new_tokens": 5}
     refused(lambda: model.generate(**{**usual, **call}) if isinstance(call, dict) else call(model), message)
-
-
-def overflow(model):
-    model.layers[1].feed_forward.w2.weight[0, 0] = math.inf
-    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1193,21 +1103,18 @@ LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "hi
 CHAT = "{% for m in messages %}<|turn|>{{ m.role }}:{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|turn|>assistant:{% endif %}"  # noqa: E501
 
 
-def write_hugging_face(folder, kind="llama", shard="1GB", **config):
-    """A small random model, in float64, as transformers saves it; returns it."""
+def write_hugging_face(folder, kind="Llama", shard="1GB", **config):
+    """A small random model, in float64, as transformers saves it."""
     import transformers
 
     shape = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, intermediate_size=64,
                  vocab_size=300, max_position_embeddings=128, bos_token_id=None, eos_token_id=None)  # fmt: skip
-    kinds = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-             "qwen3": ("Qwen3Config", "Qwen3ForCausalLM")}  # fmt: skip
-    make_config, make_model = (getattr(transformers, name) for name in kinds[kind])
+    make_config, make_model = (getattr(transformers, kind + part) for part in ("Config", "ForCausalLM"))
     torch.manual_seed(0)
     model = make_model(make_config(**{**shape, **config})).double().eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.ndim == 2 else torch.nn.init.uniform_(p, 0.5, 1.5)
     model.save_pretrained(folder, max_shard_size=shard)
-    return model
 
 
 def write_hugging_face_tokenizer(folder, **special):
@@ -1226,45 +1133,52 @@ def write_hugging_face_tokenizer(folder, **special):
     return fast
 
 
-def nearly_equal(ours, theirs):
-    """transformers computes norms and angles in float32, also in a float64 model."""
-    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
-
-
 def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@needs_transformers
-@pytest.mark.parametrize("kind, shard, config", [
-    ("llama", "1GB", {}), ("llama", "30KB", {"rope_parameters": LLAMA3_ROPE}), ("llama", "1GB", {"tie_word_embeddings": True}),
-    ("llama", "1GB", {"head_dim": 16, "num_key_value_heads": 6, "rms_norm_eps": 1e-4}), ("qwen2", "30KB", {}),
-    ("qwen3", "30KB", {"head_dim": 16}),
-])  # fmt: skip
-def test_a_hugging_face_folder_is_the_same_model(tmp_path, kind, shard, config):
-    """Guards against a RoPE layout converted twice or not at all, a lost bias, and rows of joint products in a wrong order."""
-    theirs, tokens = write_hugging_face(tmp_path, kind, shard, **config), random_tokens(2, 90)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or shard == "30KB"
-    from safetensors.torch import save_file
+def put_head(scale, folder):
+    """Beside a tied table: the table once more, or a head of its own."""
+    from safetensors.torch import load_file, save_file
 
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * scale
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spell_as_published(folder):
+    """rope_theta beside rope_scaling, for the rope_parameters that transformers 5 writes."""
+    config = json.loads((folder / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    config["rope_theta"] = scaling.pop("rope_theta")
+    (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind, shard, config, change", [
+    ("Llama", "1GB", {}, None), ("Llama", "30KB", {"rope_parameters": LLAMA3_ROPE}, None), ("Qwen2", "30KB", {}, None),
+    ("Llama", "1GB", {"rope_parameters": LLAMA3_ROPE}, spell_as_published), ("Qwen3", "30KB", {"head_dim": 16}, None),
+    ("Llama", "1GB", {"head_dim": 16, "num_key_value_heads": 6, "rms_norm_eps": 1e-4}, None),
+    *(("Llama", "1GB", {"tie_word_embeddings": True}, head) for head in (None, partial(put_head, 1), partial(put_head, -2))),
+])  # fmt: skip
+def test_a_hugging_face_folder_is_the_same_model(tmp_path, kind, shard, config, change):
+    """Guards against a RoPE layout converted twice or not at all, a lost bias, rows of joint products in a wrong order, and a
+    head that is read where the table counts, or the other way round."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    write_hugging_face(tmp_path, kind, shard, **config)
+    if change is not None:
+        change(tmp_path)
+    theirs, tokens = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64), random_tokens(2, 90)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or shard == "30KB"
     save_file({"model.norm.weight": torch.ones(48)}, tmp_path / "other.safetensors")  # nobody names it
     ours = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
     with torch.no_grad():
         wanted = theirs(tokens).logits
-    nearly_equal(ours(tokens), wanted)
+    # transformers computes norms and angles in float32, also in a float64 model.
+    assert (ours(tokens) - wanted).norm() < 1e-5 * wanted.norm()
     close(decode(ours, None, tokens, 40)[0], ours(tokens)[:, 39:], 1e-10)
-
-
-@needs_transformers
-def test_both_spellings_of_rope_settings(tmp_path):
-    """rope_theta beside rope_scaling, as in published folders, and rope_parameters, as transformers 5 writes them."""
-    write_hugging_face(tmp_path, rope_parameters=LLAMA3_ROPE)
-    config = json.loads((tmp_path / "config.json").read_text())
-    scaling = dict(config.pop("rope_parameters"))
-    theta = scaling.pop("rope_theta")
-    new = Llama.from_checkpoint(tmp_path).config
-    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_theta": theta, "rope_scaling": scaling}))
-    assert Llama.from_checkpoint(tmp_path).config == new and (new.rope_theta, new.rope_scaling) == (5e5, 8.0)
 
 
 @needs_transformers
@@ -1285,22 +1199,6 @@ def test_what_a_config_asks_for_and_we_do_not_do_is_refused(tmp_path, change, me
     write_hugging_face(tmp_path)
     edit(tmp_path / "config.json", **change)
     refused(lambda: Llama.from_checkpoint(tmp_path), message)
-
-
-@needs_transformers
-def test_a_tied_head_that_is_in_the_file(tmp_path):
-    """The table once more, or a head of its own, which then counts, as it does for transformers."""
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
-
-    write_hugging_face(tmp_path, tie_word_embeddings=True)
-    weights, tokens = load_file(tmp_path / "model.safetensors"), random_tokens(1, 30)
-    for scale in (1, -2):
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * scale
-        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        ours = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
-        with torch.no_grad():
-            nearly_equal(ours(tokens), AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(tokens).logits)
 
 
 @needs_transformers
@@ -1502,11 +1400,9 @@ def test_resa_repairs_the_cache(monkeypatch, dense_layers):
     for decoder in decoders:
         decoder.prefill(tokens[:, :41])
     for t in range(41, 75):
-        ours, quests, dense = (decoder.step(tokens[:, t]) for decoder in decoders)
+        ours, quests, _ = (decoder.step(tokens[:, t]) for decoder in decoders)
         if t < 41 + 8:
             assert torch.equal(ours, quests)
-        elif (t - 41) % 8 == 5:
-            assert (ours - quests).abs().max() > 1e-6 and (ours - dense).abs().max() > 1e-6
         found, wanted = (
             torch.stack([x for layer in decoder.layers for x in by_position(layer.cache)])[:, :, :, : t + 1]
             for decoder in (decoders[0], decoders[2])
@@ -1578,25 +1474,6 @@ def test_the_table_of_quality_is_what_it_says(monkeypatch, decoded):
     close(rows["W=4"]["kl_to_control"][0], rows["W=4"]["kl"] - rows["W=4 not looking back"]["kl"], 1e-6)
 
 
-class PagesOfFour(RetroConfig):
-    """Quest that loads the pages of a window of 4."""
-
-    def first_window_page(self, t):
-        return replace(BENCH, window=4).first_window_page(t)
-
-    def pages_selected(self, t):
-        return replace(BENCH, window=4).pages_selected(t)
-
-
-class OutputsOnly(bench.Ablation):
-    """RetroAttention as the paper has it, but the past rows overwrite nothing."""
-
-    def write(self, q, k, v, cos, sin, cache, t):
-        rows = retro_attention.row_positions(t, q.shape[1])
-        store(apply_rope(k[:, -1:], cos[t : t + 1], sin[t : t + 1]), v[:, -1:], cache, int(t))
-        return apply_rope(q, cos[rows], sin[rows])
-
-
 def texts_logits(name, retro, tokens, prompt_len=20, **model):
     """(B, L, vocab) by a method of the benchmark."""
     decoder = bench.new_decoder(name, retro, random_model(**model), len(tokens), tokens.shape[1])
@@ -1604,14 +1481,14 @@ def texts_logits(name, retro, tokens, prompt_len=20, **model):
 
 
 def test_not_looking_back_is_quest_on_the_same_pages(monkeypatch):
-    """The control for the window's pages on top of the budget. And a correction that overwrites no key and value is lost."""
+    """The control for the window's pages on top of the budget: it loads what W=4 loads, and none of it for a past row."""
     tokens, four = random_tokens(2, 110), replace(BENCH, window=4)
     control = texts_logits("W=4 not looking back", four, tokens)
-    close(control, texts_logits("Quest", PagesOfFour(**asdict(BENCH)), tokens), 1e-9)
-    monkeypatch.setitem(bench.ABLATIONS, "outputs only", OutputsOnly)
-    close(control, texts_logits("W=4 outputs only", four, tokens), 1e-9)
-    assert (control - texts_logits("W=4", four, tokens)).abs().max() > 0.01
-    assert (control - texts_logits("Quest", BENCH, tokens)).abs().max() > 0.01
+    for logits in (texts_logits("W=4", four, tokens), texts_logits("Quest", BENCH, tokens)):
+        assert (control - logits).abs().max() > 0.01
+    for name in ("first_window_page", "pages_selected"):  # of every RetroConfig: Quest's pages are then those of W=4
+        monkeypatch.setattr(RetroConfig, name, getattr(four, name))
+    close(control, texts_logits("Quest", BENCH, tokens), 1e-9)
 
 
 def test_the_other_ablations():
@@ -1668,26 +1545,6 @@ def test_overlap_of_page_sets():
     close(bench.overlap(ranks, selected, 2), np.mean(shares, 0), 1e-6)
 
 
-class Scripted(Llama):
-    """Says `script`, whatever it is asked: the hidden state is the id of the token that comes next."""
-
-    def hidden(self, idx, cos, sin, retro=None, t=None):
-        if t is None:
-            self.prompt_len = idx.shape[1]
-        place = 0 if t is None else int(t) - self.prompt_len + 1
-        return torch.full((*idx.shape, 1), self.script[place], dtype=torch.double)
-
-    def logits(self, x):
-        return torch.nn.functional.one_hot(x[..., 0].long(), self.config.vocab_size).double()
-
-
-def scripted(tok, script):
-    config = dict(dim=64, n_layer=2, n_head=2, n_kv_head=2, vocab_size=tok.vocab_size, ffn_dim=16, max_seq_len=2000)
-    model = Scripted(LlamaConfig(**config, rope_theta=1e4)).eval().requires_grad_(False)
-    model.script = script
-    return model
-
-
 def test_answers_are_matched_by_their_number():
     """In any order; what follows 'The answer is' before any other number; the first answer to a question counts."""
     text = (
@@ -1716,15 +1573,20 @@ def test_longgen_numbers_the_questions_on():
 
 @pytest.fixture
 def longgen(capsys, monkeypatch, tmp_path):
-    """Runs the command with a model that says `said` to whatever it is asked, of sums from 1000 on: results and records."""
+    """Runs the command as if the model said `said` to whatever it is asked, of sums from 1000 on: results and records."""
     tok = Tokenizer.from_checkpoint(TINY)
     lines = [{"question": f"What is {i} + 1000?", "answer": f"<<{i}+1000>>\n#### {1000 + i:,}"} for i in range(20)]
     (tmp_path / "examples").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
     (tmp_path / "questions").write_text("".join(json.dumps(line) + "\n" for line in lines[3:]))
 
     def run(said, args):
-        model = scripted(tok, [*tok.encode(said), tok.stop_tokens[0]])
+        def stream(decoder, idx, most, temperature, stop_tokens):
+            assert temperature == 0 and stop_tokens == tok.stop_tokens and idx.shape[1] + most <= decoder.max_seq_len
+            return (torch.full((len(idx),), token) for token in [*tok.encode(said), tok.stop_tokens[0]])
+
+        model = random_model(hs=8, n_layer=2, vocab_size=tok.vocab_size, max_seq_len=2000)
         monkeypatch.setattr(bench, "setup", lambda args: (RetroConfig(window=1), model, tok))
+        monkeypatch.setattr(Decoder, "stream", stream)
         files = f"--questions {tmp_path}/questions --examples {tmp_path}/examples --out {tmp_path}/out --shots 3 --windows 2"
         assert bench.main(["longgen", *files.split(), *args.split()]) == 0
         results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
@@ -1772,11 +1634,6 @@ def test_longgen_makes_prompts_of_one_length(tmp_path):
         texts = [tok.decode(ids) for ids, _ in prompts]
         assert all(f"{40 + i * n}?" in text and text.count("?") == 3 + n for i, text in enumerate(texts))
         assert len({text[: text.index("?")] for text in texts}) > 1, "the same examples for all"
-    args.n, args.prompts, args.examples = 1, 20, args.questions  # too few to choose from
-    (tmp_path / "questions").write_text("".join(json.dumps(line) + "\n" for line in [*pairs[:3], *pairs[40:57]]))
-    args.shots = 0
-    with pytest.raises(ValueError, match="one_length: no 0 examples make prompt"):
-        bench.longgen_prompts(args, 3000, tok)
 
 
 def test_the_commands_and_the_picture(capsys, monkeypatch, tmp_path):
@@ -1891,10 +1748,8 @@ def test_quick_changes_what_is_not_given():
     ("kernels --settings 64x1", "settings: must have a context >= 256 and a batch >= 1, not 64x1"),
     ("decode --settings 1024x0", "a batch >= 1, not 1024x0"), ("quality --windows 2 0", "windows: must be >= 1, not 0"),
     ("quality --passages 1", "passages: must be >= 2, not 1"), ("longgen --prompts 1", "prompts: must be >= 2, not 1"),
-    ("quality --budget 0", r"in \(0, 1\], not 0"), ("quality --dense_layers 99", "dense_layers must be between 0"),
     ("decode --dense_layers 11 --shape tiny", "dense_layers must be between 0 and the model's 10 layers, not 11"),
-    ("quality --checkpoint nowhere", "checkpoint nowhere: no such folder"), ("quality --device abacus", "'abacus': not on"),
-    ("quality --text nowhere", "nowhere: No such file"), ("quality --text tiny/consolidated.00.pth", "not UTF-8 at byte"),
+    ("quality --checkpoint nowhere", "checkpoint nowhere: no such folder"), ("quality --text nowhere", "nowhere: No such file"),
     ("quality --text LICENSE", r"LICENSE has \d+ tokens: 16 passages of 3584 need 57344"),
     ("quality --prefix 4000", "prefix \\+ length must be at most 4095, not 7072"),
     ("quality --prefix 50 --decoded 50", "decoded must be between 0 and 49, not 50: less than prefix"),
@@ -1980,10 +1835,6 @@ def test_what_does_not_fit_is_said_before_loading(capsys, monkeypatch, unloaded)
     check(fits)
     refused(lambda: check(fits + 1), "more than")  # a page more
     assert fits % 8 == 0
-    line = lambda n: sample.check_memory(  # noqa: E731
-        shape[0], RetroConfig(page_size=1024), 1, n, torch.device("cpu"), torch.float32
-    )
-    assert line(1) == line(1024).replace("1024 tokens", "1 tokens")  # a page takes its room, however little is in it
 
 
 def test_a_small_model_takes_one_thread_unless_the_user_says_otherwise(capsys, monkeypatch):
@@ -2014,8 +1865,6 @@ def test_the_end_of_the_context(capsys, monkeypatch):
     code, _, report = command(capsys, "--max_new_tokens 1000")
     assert code == 0 and "context 64 of 64" in report
     refused_in_a_line(command(capsys, "", "--prompt", "It was " * 40), "must be between 1 and 63")
-    for option, value in (("temperature", -1), ("top_k", 0), ("top_p", 0), ("seed", -1), ("max_new_tokens", 0)):
-        refused_in_a_line(command(capsys, f"--{option} {value}"), f"{option} must be .* not {value}")  # each in its place
 
 
 @pytest.mark.parametrize("options, message", [  # a row for each way that a value takes
@@ -2023,55 +1872,20 @@ def test_the_end_of_the_context(capsys, monkeypatch):
     ("--num_samples 0", "num_samples must be >= 1"),
     ("--window 5000", "window must be .* from 1 to 256, not 5000"), ("--prompt FILE:", "prompt file : Is a directory"),
     ("--system be", "a system message needs --chat"), ("--prompt \udcff", "prompt is not UTF-8"),
-    ("--max_new_token_s 3", "unrecognized arguments"),
-    ("--budget 0 --attention full", r"budget must be in \(0, 1\], not 0"), ("--min_tokens 0", "min_tokens must be .* not 0"),
-    ("--page_size 12", "power of two, not 12"), ("--dense_layers -1", "dense_layers must be .* not -1"),
+    ("--max_new_token_s 3", "unrecognized arguments"), ("--top_p 0", "top_p must be"),
+    ("--budget 0 --attention full", r"budget must be in \(0, 1\], not 0"),
     ("--dense_layers 99", "dense_layers must be between 0 and the model's .* not 99"),
     ("--checkpoint nowhere", "checkpoint nowhere: no such folder"), ("--prompt FILE:nowhere", "prompt file nowhere"),
     ("--prompt FILE:tiny/consolidated.00.pth", "not UTF-8 at byte"),
     ("--device abacus", "device 'abacus': not on this machine"), ("--device cuda:77", "device 'cuda:77': not on this machine"),
-    ("--trace 1:99", "trace must be .* not '1:99'"), ("--trace --attention full", "all 10 layers are dense"),
+    *((f"--dense_layers 1 --trace {x}", f"a sparse layer between 1 and 9 and .* between 0 and 1, not '{x}'$")
+      for x in ("two", "-1", "0", "10", "1:2", "1:", "1:-1", "1:0:0", "1.0")), ("--trace --attention full", "all 10 .* dense"),
     ("--trace --dense_layers 10", "all 10 layers are dense"), ("--trace nowhere/x.html", "nowhere/x.html: no such folder"),
 ])  # fmt: skip
 def test_a_mistake_is_one_clear_line(capsys, monkeypatch, unloaded, options, message):
     """It names the value and what is allowed, before the weights are read."""
     monkeypatch.chdir(TINY.parent)
     refused_in_a_line(command(capsys, options), message)
-
-
-@pytest.mark.parametrize("value", ["two", "-1", "0", "10", "1:2", "1:", "1:-1", "1:0:0", "1.0"])
-def test_a_layer_that_cannot_be_traced_is_named(value):
-    """Guards against tracing a dense layer, or a layer or head that the model does not have."""
-    config = sample.read_checkpoint(TINY)[0]
-    message = f"between 1 and {config.n_layer - 1} and .* between 0 and {config.n_kv_head - 1}, not {value!r}$"
-    refused(lambda: sample.trace_target(value, config, SPARSE), message)
-
-
-def interrupted(when, **files):
-    """Ctrl-C as soon as `when()` holds: exit code and stderr of a long run of sample.py."""
-    args = [sys.executable, TINY.parent / "sample.py", *"--prompt It --max_new_tokens 4000 --temperature 1".split()]
-    # In a shell's background job the signal is ignored, and children inherit that.
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    child = subprocess.Popen(args, stderr=subprocess.PIPE, preexec_fn=heed, **files)
-    while child.poll() is None and not when():
-        time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    return child, child.communicate(timeout=60)[1].decode()
-
-
-def test_interrupt_keeps_the_text_and_reports(tmp_path):
-    """Ctrl-C: what was printed stays, the report follows, exit code 130."""
-    with open(tmp_path / "out", "wb") as out:
-        child, report = interrupted(lambda: (tmp_path / "out").stat().st_size >= 100, stdout=out)
-    text = (tmp_path / "out").read_text()
-    assert child.returncode == 130 and "tokens/s" in report and "Traceback" not in report
-    assert text.startswith("It") and text.endswith("\n") and len(text) >= 100
-
-
-def test_interrupt_while_torch_loads():
-    start = time.time()
-    child, report = interrupted(lambda: time.time() > start + 0.5)
-    assert child.returncode == -signal.SIGINT and not report
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2102,10 +1916,16 @@ torch.save((n, texts, drawn, logits, weights), f"{folder}/{rank}")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
 
 
-def torchrun(n, *args, gpus="", **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *map(str, args)]
+def run_python(n, *args, gpus=""):
+    """A script, in n processes by torchrun if n > 1, and in a session of its own, to which a Ctrl-C can be sent."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TINY.parent), "CUDA_VISIBLE_DEVICES": gpus}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    # In a shell's background job the signal is ignored, and children inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(
+        [sys.executable, *several, *map(str, args)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=heed, start_new_session=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("device, dtype, impl, tolerance", [
@@ -2118,7 +1938,7 @@ def test_two_processes_are_one(tmp_path, device, dtype, impl, tolerance):
     model, idx = Llama.from_checkpoint(TINY, device, getattr(torch, dtype)), torch.randint(4096, (2, 100))
     torch.save(idx, tmp_path / "idx")
     (tmp_path / "shared.py").write_text(SHARED)
-    child = torchrun(2, tmp_path / "shared.py", tmp_path, device, dtype, impl, gpus="0,1" if device == "cuda" else "")
+    child = run_python(2, tmp_path / "shared.py", tmp_path, device, dtype, impl, gpus="0,1" if device == "cuda" else "")
     assert child.wait(timeout=200) == 0, child.stderr.read().decode()
     load = partial(torch.load, map_location=device)
     (n, texts, drawn, logits, first), (_, *others, second) = (load(tmp_path / str(rank)) for rank in (0, 1))
@@ -2137,93 +1957,72 @@ def test_two_processes_are_one(tmp_path, device, dtype, impl, tolerance):
 
 def test_processes_that_do_not_divide_the_heads_are_refused_once():
     """By the first process alone, and none hangs."""
-    child = torchrun(3, TINY.parent / "sample.py", "--device", "cpu")
+    child = run_python(3, TINY.parent / "sample.py", "--device", "cpu")
     out, error = child.communicate(timeout=100)
     message = "sample.py: error: the number of processes must divide the 2 KV heads and ffn_dim 896, not 3"
     assert child.returncode == 1 and not out and error.decode().count(message) == 1
     assert 'sample.py", line' not in error.decode() and "exitcode  : 2" in error.decode()
 
 
-def test_an_interrupt_of_two_processes_keeps_the_text():
-    """Ctrl-C reaches all of them; the first has a text to end, and none hangs."""
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    args = "--prompt It --max_new_tokens 4000 --temperature 1 --device cpu".split()
-    child = torchrun(2, TINY.parent / "sample.py", *args, preexec_fn=heed, start_new_session=True)
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_interrupt_keeps_the_text_and_reports(n):
+    """Ctrl-C reaches every process: what was printed stays, its line is ended, the report follows, and none hangs."""
+    child = run_python(n, TINY.parent / "sample.py", *"--prompt It --max_new_tokens 4000 --temperature 1".split())
     text = child.stdout.read(100)
     os.killpg(child.pid, signal.SIGINT)
-    text += child.communicate(timeout=60)[0]
-    assert text.startswith(b"It") and text.endswith(b"\n")
+    rest, report = child.communicate(timeout=60)
+    assert text.startswith(b"It") and (text + rest).endswith(b"\n") and b"tokens/s" in report
+    assert n > 1 or (child.returncode == 130 and b"Traceback" not in report)  # torchrun has a report of its own
 
 
-def test_a_long_text_to_the_end_of_the_context():
-    """No error at any page's end, every logit finite, and not a byte more in the output cache."""
-    model, generator = Llama.from_checkpoint(TINY), torch.Generator().manual_seed(0)
-    decoder = Decoder(model, 1, replace(SPARSE, window=8))
-    held = lambda: [x for layer in decoder.layers[1:] for x in (layer.cache.out, layer.cache.lse)]  # noqa: E731
-    before = [x.numel() for x in held()]
-    prompt = Tokenizer.from_checkpoint(TINY).encode("It was a dark night, and the wind blew. " * 500)[: 4096 - 96]
-    logits = decoder.prefill(torch.tensor([prompt]))
-    for _ in range(96):
-        logits = decoder.step(sample_token(logits, 1.0, None, None, generator))
-        assert logits.isfinite().all()
-    with pytest.raises(IndexError, match="position 4096 is past the end of the cache of 4096 tokens"):  # a GPU would just write
-        decoder.step(torch.tensor([1]))
-    assert decoder.t == 4095 and [x.numel() for x in held()] == before and all(x.isfinite().all() for x in held())
+def test_an_interrupt_while_torch_loads():
+    """Guards against a traceback out of the imports, which take seconds."""
+    child = run_python(1, TINY.parent / "sample.py")
+    time.sleep(0.5)
+    os.killpg(child.pid, signal.SIGINT)
+    assert not child.communicate(timeout=60)[1] and child.returncode == -signal.SIGINT
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The hook, and what --trace draws from it
 
 
-def test_the_revisions_of_a_step_against_brute_force():
-    """A row's new pages, their mass and how far the output moves: softmax over the keys of all pages loaded until the step
-    before, and until this one. Guards against slots mixed up, rows read too late or not copied, and heads in another order."""
-    (q, k, v), loads, steps, gained = random_qkv(), {}, [], 0
-    for t, _, layer in run_layer(SPARSE, q, k, v, prompt_len=20):
-        loads[t] = layer.cache.last_loaded == t  # (B, n_kv_head, P)
-        layer.hook = steps.append
-        if t == 20:  # the first step went unseen
-            continue
-        revised = sample.revisions(steps[-1], 8)[:, 0]  # (5, n_kv_head, 3) of the first text
-        assert steps[-1].t == t and (revised[3:] == 0).all()  # this layer's K and V are held fixed
-        for h, row in itertools.product(range(2), range(t - 3, t)):
-            states = []
-            for until in (t - 1, t):
-                met = pages_met(loads, row, until, 20)[0, h]
-                keys = [j for j in range(row + 1) if met[j // 8]]
-                outs = [softmax_over(q[0, row, head], k[0, :, h], v[0, :, h], keys) for head in range(3 * h, 3 * h + 3)]
-                states.append((met[: row // 8 + 1].sum(), np.stack([o for o, _ in outs]), np.exp([lse for _, lse in outs])))
-            (n0, o0, sum0), (n1, o1, sum1) = states
-            wanted = n1 - n0, (1 - sum0 / sum1).mean(), np.linalg.norm(o1 - o0) / np.linalg.norm(o0)
-            close(revised[:3, h, row - t + 3], wanted, 1e-12)
-            gained += n1 - n0
-        for b, h in np.ndindex(2, 2):
-            assert steps[-1].pages[b, h].tolist() == loads[t][b, h].nonzero().flatten().tolist()
-    assert gained > 50, "no row has learnt anything: the test is empty"
-
-
 @pytest.mark.parametrize("prompt_len", [1, 21])
-def test_a_hook_sees_what_is_overwritten_and_changes_nothing(prompt_len):
-    """K and V of the past rows as the step found and left them; the same logits, bit for bit; a dense layer has no step."""
-    model, tokens, steps = random_model(), random_tokens(2, 40), {0: [], 1: [], 2: []}
+def test_a_hook_sees_what_a_step_revises_and_changes_nothing(prompt_len):
+    """What the step found and left of the past rows, and how far it moved them; the same logits, bit for bit. Guards against
+    slots mixed up, rows read too late or not copied, and heads in another order."""
+    model, tokens, steps, most = random_model(), random_tokens(2, 40), {0: [], 1: [], 2: []}, 0
     wanted = decode(model, SPARSE, tokens, prompt_len)[0]
     decoder, _ = start(model, SPARSE, tokens, prompt_len)
     for i, layer in enumerate(decoder.layers):
         assert layer.hook is None
         layer.hook = steps[i].append
     for t in range(prompt_len, 40):
-        rows = slice(max(0, t - 3), t)
-        past = lambda i: [x[:, :, rows] for x in by_position(decoder.layers[i].cache)]  # noqa: B023, E731
-        found = past(0), past(1), past(2)
+        rows = np.arange(max(0, t - 3), t)
+
+        def past(i, rows=rows):
+            """Copies: K, V, outputs and log-sum-exps of the past rows, and how often a row has met a page."""
+            cache = decoder.layers[i].cache
+            k, v = (x[:, :, rows] for x in by_position(cache))
+            return k, v, cache.out[:, rows % 4], cache.lse[:, rows % 4], cache.totals[..., 1].clone()
+
+        found = [past(i) for i in (1, 2)]
         assert torch.equal(decoder.step(tokens[:, t]), wanted[:, t - prompt_len + 1])
-        for i in (1, 2):
-            step = steps[i][-1]
-            recorded = (step.before.k, step.before.v, step.after.k, step.after.v)
-            assert all(torch.equal(a, b) for a, b in zip(recorded, [*found[i], *past(i)], strict=True))
-            for before, after, moved in zip(found[i], past(i), sample.revisions(step, 8)[3:], strict=True):
-                length = (before.numpy() ** 2).sum(-1)
-                close(moved, np.sqrt(((after - before).numpy() ** 2).sum(-1) / length), 1e-12)
-    assert not steps[0] and max(sample.revisions(step, 8)[3:].max() for step in steps[2]) > 0.01
+        for i, before in zip((1, 2), found, strict=True):
+            step, after = steps[i][-1], past(i)
+            for seen, held in ((step.before, before), (step.after, after)):
+                assert all(map(torch.equal, (seen.k, seen.v, seen.out, seen.lse), held))
+            assert step.pages.flatten().tolist() == (decoder.layers[i].cache.last_loaded == t).nonzero()[:, 2].tolist()
+            new, mass, *moved = sample.revisions(step, 8)
+            assert ((before[4] + new.sum(-1)) == after[4]).all()
+            lost = np.exp((before[3] - after[3]).numpy()).reshape(2, -1, 2, 3).mean(-1)  # (B, R, n_kv_head)
+            close(mass, 1 - lost.swapaxes(1, 2), 1e-12)
+            outputs = (x[2].reshape(2, -1, 2, 96).transpose(1, 2) for x in (before, after))
+            for was, now, share in zip((next(outputs), *before[:2]), (next(outputs), *after[:2]), moved, strict=True):
+                length = (was.numpy() ** 2).sum(-1)
+                close(share, np.sqrt(((now - was).numpy() ** 2).sum(-1) / length), 1e-12)
+            most = max(most, *(x.max() for x in moved[1:])) if i == 2 else most
+    assert not steps[0] and most > 0.01
 
 
 def test_marks_of_pages():
@@ -2262,39 +2061,23 @@ def test_pictures_of_a_long_context_fit_the_screen(capsys):
         assert row[3].split() == ([f"{len(new)}", "63.21%", "0.00%", f"{7 - back}.00%", "25.00%"] if back else [])
 
 
-def decoded_by_both():
-    """A decoder through the kernels, then one through the reference, with a tokenizer and the prompt of 150 tokens for each."""
-    model, tok = shipped_model(), Tokenizer.from_checkpoint(TINY)
-    idx = torch.tensor([tok.encode(retro_attention.__doc__, bos=True)[:150]], device=DEVICE)
-    config = RetroConfig(page_size=4, budget=0.2, min_tokens=32, window=3, dense_layers=model.config.n_layer - 2)
-    for impl in ("triton", "torch"):
-        yield tok, idx, Decoder(model, 1, replace(config, impl=impl), max_seq_len=300)
-
-
-@needs_triton
-def test_both_implementations_give_the_same_picture(capsys):
-    """The kernels leave in the cache what the reference leaves, and their list of pages has room for more than are valid."""
-    seen = []
-    for tok, idx, decoder in decoded_by_both():
-        trace = sample.Trace(decoder, tok, 150, 4, layer=decoder.retro.dense_layers, head=0)
-        list(decoder.stream(idx, 3, temperature=0))
-        seen.append(capsys.readouterr().err + "\n".join(trace.summary()))
-    (strips, numbers), (wanted, wanted_numbers) = (
-        (re.sub(r" +\d+\.\d+%?", "", text), [float(x) for x in re.findall(r"(\d+\.\d+)%?", text)]) for text in seen
-    )
-    assert strips == wanted and strips.count("\nposition ") == 2 and "+" in strips
-    close(numbers, wanted_numbers, 0.011)  # rounded in print: the last digit may differ by one
-
-
 def recorded(path):
     """The run that a page holds."""
     return json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', path.read_text())[1])
 
 
 @needs_triton
-def test_both_implementations_give_the_same_page(tmp_path):
-    runs = []
-    for tok, idx, decoder in decoded_by_both():
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_both_implementations_give_the_same_page(tmp_path, window):
+    """Trained weights: the kernels together, over layers and steps, decide as the reference does, and leave
+    in the cache what it leaves. Guards against the unused places of their list of pages."""
+    model, tok, runs = Llama.from_checkpoint(TINY, device=DEVICE), Tokenizer.from_checkpoint(TINY), []
+    if DEVICE != "cuda":  # the interpreter is slow
+        model.layers, model.config.n_layer = model.layers[:3], 3
+    idx = torch.tensor([tok.encode(retro_attention.__doc__, bos=True)[:150]], device=DEVICE)
+    config = RetroConfig(page_size=4, budget=0.2, min_tokens=32, window=window, dense_layers=model.config.n_layer - 2)
+    for impl in ("triton", "torch"):
+        decoder = Decoder(model, 1, replace(config, impl=impl), max_seq_len=300)
         recorder = sample.Recorder(decoder, tok, 150, tmp_path / "run.html")
         list(decoder.stream(idx, 4, temperature=0))
         assert "3 steps" in recorder.write()
@@ -2329,23 +2112,17 @@ BROWSER = next((path for name in ("chromium", "google-chrome", "chromium-browser
 def test_the_page_steps_and_explains(tmp_path, capsys):
     """In a browser: no error, it opens where something is new, the arrow key leads on, the pages shown are those that an
     independent run loads, and a cell says why it is what it is."""
-    args = (
-        "--prompt FILE:LICENSE --max_new_tokens 6 --min_tokens 64 --window 3 --dense_layers 1 --temperature 0 --trace".split()
-    )
-    code, out, report = run_main(sample.main, [*args, str(tmp_path / "run.html")], capsys)
+    path, options = tmp_path / "run.html", "--max_new_tokens 6 --min_tokens 64 --window 3 --dense_layers 1 --temperature 0"
+    args = ["--prompt", "FILE:LICENSE", *options.split(), "--trace", str(path)]
+    code, _, report = run_main(sample.main, args, capsys)
     assert code == 0 and "5 steps written" in report
-    (tmp_path / "run.html").write_text((tmp_path / "run.html").read_text().replace("</head>", PRESS + "</head>"))
+    path.write_text(path.read_text().replace("</head>", PRESS + "</head>"))
     quiet = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run --dump-dom".split()
-    page = subprocess.run(
-        [BROWSER, *quiet, f"--user-data-dir={tmp_path}/user", (tmp_path / "run.html").as_uri()],
-        capture_output=True,
-        timeout=120,
-    )
+    browse = [BROWSER, *quiet, f"--user-data-dir={tmp_path}/user", path.as_uri()]
+    page = subprocess.run(browse, capture_output=True, timeout=120)
     opened, *found = json.loads(html.unescape(re.search('<pre id="found">(.*?)</pre>', page.stdout.decode())[1]))
-    new = next(step["t"] for step in recorded(tmp_path / "run.html")["steps"] if any(step["layers"]["1"][0]["new"]))
-    assert opened.startswith(f"step t = {new} (") and new > len(
-        Tokenizer.from_checkpoint(TINY).encode(Path("LICENSE").read_text())
-    )
+    new = next(step["t"] for step in recorded(path)["steps"] if any(step["layers"]["1"][0]["new"]))
+    assert opened.startswith(f"step t = {new} (")
     model, tok, loads = Llama.from_checkpoint(TINY), Tokenizer.from_checkpoint(TINY), []
     ids = tok.encode(Path("LICENSE").read_text(), bos=True)
     decoder = Decoder(model, 1, RetroConfig(min_tokens=64, window=3, dense_layers=1))
@@ -2430,8 +2207,6 @@ def test_names_in_the_documentation_exist():
     readme = pages()[0][1]
     steps = re.findall(r"^\d\. \*\*`(\w+)`\*\*", readme, re.MULTILINE)
     assert steps == ["write", "score", "select", "attend", "combine"] and all(hasattr(retro_attention, s) for s in steps)
-    if importlib.util.find_spec("triton"):
-        assert all(hasattr(kernels, s) and hasattr(kernels, f"{s}_kernel") for s in steps)
     assert "RetroAttention.decode" in readme
     for path, text in pages():
         assert not set(re.findall(r"`(test_\w+)`", text)) - globals().keys(), path
