@@ -658,6 +658,7 @@ def microseconds(layers: list[Callable]) -> float:
 def begin(args) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
     """Shape, dtype and what memory can do, in bytes per second: of a copy, read and written, and of two plain reads (not as
     a graph, in which a copy is slower). The first line of the output says them."""
+    sample.choose_device(args.device)  # refuses more processes than GPUs
     sample.choose_threads(SHAPES[args.shape], args.device)
     gpu, rates = args.device == "cuda", {}
     x = torch.ones(2**30 if gpu else 2**26, device=args.device)

@@ -52,9 +52,11 @@ def add_method_options(add: Callable, retro: RetroConfig, dtype: str = "auto"):
 
 
 def choose_device(name: str) -> torch.device:
-    present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    gpus, n = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun has started here
+    present = [f"cuda:{i}" for i in range(gpus)]
     present += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if name in ("auto", "cuda") and torch.cuda.is_available():
+        need(n <= gpus, f"processes: at most {gpus}, one for each GPU of this machine, not {n}")
         return torch.device("cuda", torch.cuda.current_device())
     name = present[0] if name == "auto" else name
     need(name in present, f"device {name!r}: not on this machine, which has {', '.join(present)}")
@@ -104,13 +106,10 @@ def join_processes():
     first heeds Ctrl-C, which every one receives: it has a text to end. torchrun ends the others when one has ended."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return
-    gpus = torch.cuda.device_count()
     if int(os.environ["RANK"]) > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if gpus:
-        n = int(os.environ["LOCAL_WORLD_SIZE"])
-        need(n <= gpus, f"processes: at most {gpus}, one for each GPU of this machine, not {n}")
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()  # NCCL for tensors on a GPU, gloo for others
 
@@ -122,7 +121,7 @@ def exit_code(name: str, run: Callable[[], int]) -> int:
     try:
         join_processes()
         code = run()
-        if code == 0 and processes()[1] > 1:
+        if code == 0 and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # NCCL would complain
         return code
     except BrokenPipeError:  # the reader of our stdout has gone: nothing is left to say, not even by Python at exit
