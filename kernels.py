@@ -238,7 +238,7 @@ def select_kernel(
     x = tl.where(x == x, x, float("inf"))  # a NaN score, as of an infinite key times 0, ranks first
     # A positive float's bits, read as an integer, rise with it, a negative one's fall. -0.0 counts as 0.0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
-    rank = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)  # (N,)
+    rank = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # (N,)
     rank = tl.where(page < first, rank, tl.where(page < held, 0xFFFFFFFF, 0)).to(tl.uint32)
 
     # `reached` ranks reach `low`, at least `count`; `above` reach `high`, fewer than that (as many if only the window's pages

@@ -111,7 +111,7 @@ def join_processes():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # NCCL for tensors on a GPU, gloo for others
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def exit_code(name: str, run: Callable[[], int]) -> int:
