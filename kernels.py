@@ -219,9 +219,10 @@ def select_kernel(
         rank     40   30   50   40   10   99      integers in the order of the scores (small ones here; they have 32 bits)
 
     At least 3 ranks reach low = 10, fewer reach high = 51. Between them a = 23 and b = 36 are reached by 5 and 4 ranks: now
-    low = 36. Then a = 41 and b = 46 are reached by 2 and 2: high = 41. The search ends at low = 40, high = 41. Four ranks reach
-    40, one too many, and no threshold can part the two that are equal. 2 ranks reach 41, so there is room for one of the two:
-    page 0, the lower. Chosen are pages 0, 2 and 5. A page's slot in the list is the number of chosen pages before it: 0, 1, 2.
+    low = 36. Then a = 41 and b = 46 are reached by 2 and 2: high = 41. Two more rounds raise low to 40, where the search ends.
+    Four ranks reach 40, one too many, and no threshold can part the two that are equal. 2 ranks reach 41, so there is room for
+    one of the two: page 0, the lower. Chosen are pages 0, 2 and 5. A page's slot in the list is the number of chosen pages
+    before it: 0, 1, 2.
     """
     PS: tl.constexpr = CONFIG.page_size
     bh = tl.program_id(0).to(tl.int64)
@@ -241,11 +242,11 @@ def select_kernel(
     rank = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # (N,)
     rank = tl.where(page < first, rank, tl.where(page < held, 0xFFFFFFFF, 0)).to(tl.uint32)
 
-    # `reached` ranks reach `low`, at least `count`; `above` reach `high`, fewer than that (as many if only the window's pages
-    # are to be chosen). Two thresholds between them are tried at once, their counts side by side in one integer, so that one
-    # sum over the threads narrows the gap to a third (13.2 us at 8,192 pages, where halving takes 15.2: one H100). The counts
-    # fit, as the smallest rank reaches neither threshold. Done when exactly `count` ranks reach `low`, or only equal ones are
-    # left.
+    # `reached` counts the ranks >= low and is never less than `count`; `above` counts those >= high and is less than `count`
+    # (or equal to it, where only the window's pages are chosen). Two thresholds between them are tried at once, their counts
+    # side by side in one integer, so that one sum over the threads narrows the gap to a third (13.2 us at 8,192 pages, where
+    # halving takes 15.2: one H100). The counts fit, as the smallest rank reaches neither threshold. Done when exactly `count`
+    # ranks reach `low`, or only equal ones are left.
     BITS: tl.constexpr = 16 if N < 65536 else 32
     BOTH: tl.constexpr = tl.int32 if N < 65536 else tl.int64
     low = tl.min(tl.where(page < held, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)

@@ -146,8 +146,8 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x, cos, sin, retro: RetroAttention | None = None, t: torch.Tensor | None = None):
-        """(B, T, dim) -> (B, T, dim). Dense; with `retro` the prefill of a prompt; with `t` as well a decode step, whose T = W
-        rows end at position t."""
+        """(B, T, dim) -> (B, T, dim). Without `retro` plain dense attention; with `retro` the prefill of a prompt; with
+        `retro` and `t` a decode step, whose W rows (T = W) end at position t."""
         ops = retro_attention if retro is None else retro.ops  # the kernels have no gradients
         a, f = self.attention_norm, self.ffn_norm
         x = x + self.attention(ops.rms_norm(x, a.weight, a.eps), cos, sin, retro, t)

@@ -86,7 +86,8 @@ class RetroConfig:
 
     def first_window_page(self, t: int) -> int:
         """The first page that the window t-W+1 .. t touches. From there on every page is always loaded: its keys are being
-        rewritten, and which pages a past row meets must not depend on a later token's key."""
+        rewritten, and which pages a past row meets must not depend on a later token's key. (Older pages hold no key later than
+        any row of the window.)"""
         return max(0, t - self.window + 1) // self.page_size
 
     def pages_selected(self, t: int) -> int:
@@ -98,17 +99,17 @@ class RetroConfig:
         return min(held, max(self.min_pages, -(-share * held // whole)) + older)
 
     def kv_tokens(self, t: int) -> tuple[int, int, int]:
-        """(held, loaded, bounds): what a layer holds after position t, what a sparse step at t loads of it, and what its choice
-        of pages reads, in tokens per KV head, a key and a value each (`layer_bytes` in bench.py says it in bytes). Pages count
-        whole, and a page's bounds are as large as one token. A dense layer keeps and reads `held`; a sparse layer keeps held +
-        bounds and reads loaded + bounds.
+        """(held, loaded, bounds): what a layer holds after position t, what a sparse step at t loads of it, and what its
+        choice of pages reads, in tokens per KV head, a key and a value each (in bench.py `layer_bytes` says it in bytes, and
+        `step_bytes` adds the weights). Pages count whole, and a page's bounds are as large as one token. A dense layer keeps
+        and reads `held`; a sparse layer keeps held + bounds and reads loaded + bounds.
         """
         pages = t // self.page_size + 1
         return pages * self.page_size, self.pages_selected(t) * self.page_size, pages
 
     def most_pages_selected(self, P: int) -> int:
-        """Pages that a KV head loads at most, at any position of a cache of P pages: where the last one begins. From page to
-        page neither budget nor floor falls, and within a page the window leaves older pages behind."""
+        """Pages that a KV head loads at most, at any position of a cache of P pages: where the last one begins. Neither
+        budget nor floor shrinks as pages are added, and within a page the window only moves off its older pages."""
         return self.pages_selected((P - 1) * self.page_size)
 
 
@@ -302,7 +303,8 @@ def attend(q, cache: LayerCache, pages: torch.Tensor | None, last_loaded: torch.
 def merge(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention outputs over N disjoint sets of keys -> the output over all of them: the same as softmax over the union.
 
-    o (N, ..., hs), lse (N, ...) -> o (..., hs), lse (...). An empty set, o = 0 and lse = -inf, changes nothing.
+    o (N, ..., hs), lse (N, ...) -> o (..., hs), lse (...). An empty set, o = 0 and lse = -inf, changes nothing;
+    it is what `attend` returns for a row to which nothing is new. (In the kernels: `seen` in attend, `finite` in combine.)
     """
     total = lse.logsumexp(dim=0)
     weight = (lse - total.clamp(min=torch.finfo(lse.dtype).min)).exp()  # (N, ...) 0, not NaN, where all sets are empty

@@ -710,7 +710,7 @@ SCORES = {  # of random ones: what could upset a search by their bits
     "few values": torch.round,
     "zeros of both signs": lambda x: x.sign() * 0.0,
     "negative": lambda x: -x.abs(),
-    "huge": lambda x: x * torch.tensor([1e4, 1e37])[None, :, None],
+    "huge": lambda x: x * torch.tensor([1e4, 1e37] * 20)[None, :, None],
     "NaN": lambda x: with_nan(x, 0x7FFFFFFF),
     "negative NaN": lambda x: with_nan(x, -1),
 }
@@ -724,14 +724,14 @@ def test_select_kernel_ties_and_extremes(kind):
     A NaN's bits, of either sign, must not run over the ends of the search and of the list: it is taken as infinity is.
     """
     config, t, held = replace(SPARSE, budget=0.4), 101, 13
-    cache, position, gen = cache_at(config, 1, 2, 1, 32, t, torch.float32, seed=1)
-    twin, scores = copy.deepcopy(cache), SCORES[kind](torch.randn(1, 2, held, generator=gen)).to(DEVICE)
+    cache, position, gen = cache_at(config, 1, 40, 1, 32, t, torch.float32, seed=1)  # 40 searches, which end in different ways
+    twin, scores = copy.deepcopy(cache), SCORES[kind](torch.randn(1, 40, held, generator=gen)).to(DEVICE)
     room = torch.nn.functional.pad(scores, (0, cache.k.shape[2] - held), value=torch.nan)
     wanted = retro_attention.select(scores.nan_to_num(torch.inf, posinf=torch.inf, neginf=-torch.inf), twin, position)
     for ours, theirs in zip(kernels.select(room, cache, position), wanted, strict=True):
         assert torch.equal(ours[:, :, : config.pages_selected(t)], theirs)
     pages = wanted[0].tolist()
-    assert kind != "equal" or pages == [[[0, 1, 2, 3, 4, 12]] * 2]  # 6 of 13: the window's own, and the lowest of the others
+    assert kind != "equal" or pages == [[[0, 1, 2, 3, 4, 12]] * 40]  # 6 of 13: the window's own, and the lowest of the others
     assert "NaN" not in kind or {5, 6} <= set(pages[0][0])
 
 
