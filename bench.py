@@ -826,7 +826,7 @@ def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) ->
     for layer in decoder.layers:
         fill(layer.cache, decoder.position)
     token = torch.randint(model.config.vocab_size, (B,), device=decoder.t.device)
-    times(lambda: decoder.step(token), 5)  # the first compiles, the second captures the graph
+    times(lambda: decoder.step(token), 5)  # the first compiles and captures the graph
     return times(lambda: decoder.step(token), 30)
 
 

@@ -333,7 +333,7 @@ class Decoder:
         # device, and their grids are made for a full cache. The reference reads t on the host while it runs, so it cannot be
         # captured.
         self.captures = weight.is_cuda and all(layer.ops is not retro_attention for layer in self.layers)
-        self.graph, self.compiled = None, False
+        self.graph = None
         self.token = torch.zeros(batch_size, dtype=torch.long, device=weight.device)  # (B,) the newest token
         self.newest_logits = None  # (B, vocab)
 
@@ -356,15 +356,15 @@ class Decoder:
         assert token.shape == self.token.shape, f"one token per text: {tuple(self.token.shape)}, not {tuple(token.shape)}"
         self.token.copy_(token)
         watched = any(layer.hook is not None for layer in self.layers)  # a hook runs on the host
-        if not self.captures or watched or not self.compiled:
-            self.compiled = True  # the first step compiles the kernels, which a capture cannot do
+        if not self.captures or watched:
             logits = self._step()
+        elif self.graph is None:
+            logits = self._step()  # compiles the kernels, which a capture cannot do
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # records the steps to come; nothing runs
+                self.newest_logits = self._step()
+            self.graph = graph
         else:
-            if self.graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    self.newest_logits = self._step()
-                self.graph = graph
             self.graph.replay()
             logits = self.newest_logits.clone()  # the next replay overwrites them
         self.position += 1
