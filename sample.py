@@ -396,12 +396,15 @@ class Recorder:
             heads.append(head | {"width": dict(enumerate(rounded(width[h]), first))})
         self.steps.setdefault(step.t, {})[i] = heads
 
-    def write(self) -> str:
+    def legend(self) -> list[str]:
+        return []  # the page has its own
+
+    def summary(self) -> list[str]:
         """Writes the page, and returns what to say of it. A step that was broken off is left out."""
         layers = [i for i, module in enumerate(self.decoder.layers) if not module.dense]
         steps = [{"t": t, "layers": step} for t, step in self.steps.items() if len(step) == len(layers)]
         if not steps:
-            return f"--trace: nothing to write to {self.path}, there was no decode step"
+            return [f"--trace: nothing to write to {self.path}, there was no decode step"]
         retro = self.decoder.retro
         run = {"window": retro.window, "page_size": retro.page_size, "budget": retro.budget, "min_tokens": retro.min_tokens}
         tokens = [self.tok.decode([x]) for x in self.decoder.tokens[0, : steps[-1]["t"] + 1].tolist()]
@@ -410,7 +413,7 @@ class Recorder:
         template = (TINY.parent / "assets/viewer.html").read_text(encoding="utf-8")
         page = template.replace(">RUN<", f">{data}<")
         self.path.write_text(page, encoding="utf-8")
-        return f"--trace: {len(steps)} steps written to {self.path}, {size(len(page))}"
+        return [f"--trace: {len(steps)} steps written to {self.path}, {size(len(page))}"]
 
 
 def rounded(x: torch.Tensor) -> list[float]:
@@ -503,17 +506,15 @@ def run(args: argparse.Namespace) -> int:
     decoder = Decoder(model, args.num_samples, retro, max_seq_len=length)
     idx = torch.tensor([ids] * args.num_samples, device=device)  # (B, T)
     stream = decoder.stream(idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens)
-    print(memory, file=sys.stderr)
-    recorder = Recorder(decoder, tok, len(ids), Path(args.trace)) if page and processes()[0] == 0 else None
-    trace = Trace(decoder, tok, len(ids), length - len(ids), *target) if target and not page else None
-    if trace:
-        print("\n".join(trace.legend()), file=sys.stderr)
+    trace = None
+    if page and processes()[0] == 0:
+        trace = Recorder(decoder, tok, len(ids), Path(args.trace))
+    elif target and not page:
+        trace = Trace(decoder, tok, len(ids), length - len(ids), *target)
+    print("\n".join([memory, *(trace.legend() if trace else [])]), file=sys.stderr)
     texts, start = [TextStream(tok, ids) for _ in range(args.num_samples)], time.perf_counter()
     code, made = show(decoder, stream, prompt, texts, tok.stop_tokens)
-    lines = (trace.summary() if trace else []) + report(decoder, len(ids), start, made)
-    if recorder:
-        lines.append(recorder.write())
-    print("\n".join(lines), file=sys.stderr)
+    print("\n".join((trace.summary() if trace else []) + report(decoder, len(ids), start, made)), file=sys.stderr)
     return code
 
 

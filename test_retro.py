@@ -2080,7 +2080,7 @@ def test_both_implementations_give_the_same_page(tmp_path, window):
         decoder = Decoder(model, 1, replace(config, impl=impl), max_seq_len=300)
         recorder = sample.Recorder(decoder, tok, 150, tmp_path / "run.html")
         list(decoder.stream(idx, 4, temperature=0))
-        assert "3 steps" in recorder.write()
+        assert "3 steps" in recorder.summary()[0]
         runs.append(recorded(tmp_path / "run.html"))
     assert runs[0]["tokens"] == runs[1]["tokens"] and len(runs[0]["steps"]) == 3
     for found, wanted in zip(*(run["steps"] for run in runs), strict=True):
