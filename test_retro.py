@@ -1545,6 +1545,14 @@ def test_overlap_of_page_sets():
     close(bench.overlap(ranks, selected, 2), np.mean(shares, 0), 1e-6)
 
 
+def test_the_overlap_is_that_of_full_attention(monkeypatch):
+    """Guards against pages that the queries of a sparse model want."""
+    model, tokens, seen, forced = random_model(), random_tokens(2, 60), [], bench.forced
+    monkeypatch.setattr(bench, "forced", lambda *args: (seen.append(logp) for logp in forced(*args)))
+    bench.page_overlaps(SimpleNamespace(prefix=40, distance=2), BENCH, model, tokens)
+    close(torch.stack(seen, 1), model(tokens)[:, 40:59].log_softmax(-1), 1e-5)
+
+
 def test_answers_are_matched_by_their_number():
     """In any order; what follows 'The answer is' before any other number; the first answer to a question counts."""
     text = (
