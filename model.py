@@ -496,7 +496,7 @@ def one_line(what: str):
     """What goes wrong inside, as a ValueError that begins with `what`. Broken files raise all kinds, Rust's panics, too."""
     try:
         yield
-    except (KeyboardInterrupt, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -505,8 +505,9 @@ def one_line(what: str):
 
 def read_json(folder: str | Path, name: str) -> dict:
     path = checkpoint_file(folder, name)
+    data = path.read_bytes()
     with one_line(f"{path}: not JSON"):
-        contents = json.loads(path.read_text(encoding="utf-8-sig"))
+        contents = json.loads(data.decode("utf-8-sig"))
     need(isinstance(contents, dict), f"{path}: a JSON object was expected, not {type(contents).__name__}")
     return contents
 
@@ -517,12 +518,14 @@ def read_json(folder: str | Path, name: str) -> dict:
 
 def config_from_params(params: dict, tie_embeddings: bool = False) -> LlamaConfig:
     """From the keys of Meta's params.json. ValueError names a key that is missing or out of range."""
-    params = {"ffn_dim_multiplier": 1, **params}
-    for key in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier"):
+    for key in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of"):
         x = params.get(key, "missing")
-        need(isinstance(x, (int, float)) and 0 < x < math.inf, f"params.json: {key} must be a number > 0, not {x!r}")
+        need(isinstance(x, int) and x >= 1, f"params.json: {key} must be an integer >= 1, not {x!r}")
+    multiplier = params.get("ffn_dim_multiplier", 1)
+    positive = isinstance(multiplier, (int, float)) and 0 < multiplier < math.inf
+    need(positive, f"params.json: ffn_dim_multiplier must be a number > 0, not {multiplier!r}")
     # Meta's rule for SwiGLU: two thirds of 4*dim, times a multiplier, rounded up to a multiple.
-    ffn_dim = int(params["ffn_dim_multiplier"] * int(8 * params["dim"] / 3))
+    ffn_dim = int(multiplier * int(8 * params["dim"] / 3))
     ffn_dim = math.ceil(ffn_dim / params["multiple_of"]) * params["multiple_of"]
     scaled = params.get("use_scaled_rope", False)
     factor = params.get("rope_scaling_factor")
@@ -583,8 +586,9 @@ class Tokenizer:
             return HuggingFaceTokenizer(folder)
         path = checkpoint_file(folder, "tokenizer.model")
         # Not tiktoken's own loader: it caches by path, and would miss that a file has changed.
+        lines = path.read_bytes().splitlines()
         with one_line(f"{path}: must be lines of '<base64 token> <rank>'"):
-            pairs = [line.split() for line in path.read_bytes().splitlines()]
+            pairs = [line.split() for line in lines]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
         whole = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
         need(whole, f"{path}: the ranks must be 0 .. n-1 and the 256 single bytes among the tokens")
@@ -686,7 +690,10 @@ def read_safetensors(folder: str | Path) -> dict[str, torch.Tensor]:
     weights = {}
     for path in [checkpoint_file(folder, name) for name in files]:  # all are there before one is read
         with one_line(f"{path}: not readable as safetensors"):
-            weights |= load_file(path)
+            found = load_file(path)
+        twice = sorted(found.keys() & weights.keys())
+        need(not twice, f"checkpoint {folder}: {twice[:1]} is in {path.name} and in another file that the index names")
+        weights |= found
     return {meta_name(name): w for name, w in weights.items() if not name.endswith("rotary_emb.inv_freq")}
 
 

@@ -55,11 +55,12 @@ def choose_device(name: str) -> torch.device:
     gpus, n = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun has started here
     present = [f"cuda:{i}" for i in range(gpus)]
     present += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        need(n <= gpus, f"processes: at most {gpus}, one for each GPU of this machine, not {n}")
-        return torch.device("cuda", torch.cuda.current_device())
-    name = present[0] if name == "auto" else name
+    if name in ("auto", "cuda") and gpus:
+        name = f"cuda:{torch.cuda.current_device()}"
+    elif name == "auto":
+        name = present[0]
     need(name in present, f"device {name!r}: not on this machine, which has {', '.join(present)}")
+    need(name in ("mps", "cpu") or n <= gpus, f"processes: at most {gpus}, one for each GPU of this machine, not {n}")
     return torch.device(name)
 
 

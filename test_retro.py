@@ -1216,7 +1216,7 @@ def test_broken_safetensors_are_refused(tmp_path):
     (tmp_path / names[0]).unlink()
     refused(load, f"{names[0]} is missing")
     (tmp_path / names[0]).write_bytes((tmp_path / names[1]).read_bytes())
-    refused(load, "no such tensor")
+    refused(load, f"is in {names[1]} and in another file")
     edit(index, weight_map={"model.norm.weight": names[1], "no.such": names[1]})
     refused(load, "no such tensor")
     edit(index, weight_map=[])
