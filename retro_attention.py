@@ -1,156 +1,183 @@
 """RetroAttention (Choi et al., ICLR 2026, arXiv 2508.09001), step by step in plain PyTorch.
 
-Sparse decoding reads only the KV pages that matter to the newest query. RetroAttention uses the pages once more: for the
-last few queries, which may not have seen them. Their attention outputs are corrected, the corrected hidden states travel on,
-and in the next layer they overwrite stale keys and values. A decode step therefore carries W rows through every layer, the
-new token and W-1 past ones, and in each layer does this:
+Sparse decoding reads only the KV pages that matter to the newest query. RetroAttention uses these
+pages once more, for the last few queries, which may not have seen them. It corrects their attention
+outputs. The corrected hidden states travel on, and in the next layer they overwrite stale keys and
+values. So a decode step carries W rows through every layer, the new token and W-1 past ones, and
+each layer does this:
 
-    1. write    rotate q and k, append the new row's K and V, overwrite those of the past rows, refresh the page bounds
-    2. score    Quest's bound on q.k for each page, newest query, summed over a KV head's queries (selection)
-    3. select   the top pages of each KV head, and when each was last loaded                      (exposure mask A)
-    4. attend   one read of those pages serves all rows: the newest sees all of them,
-                a past row only what it has never seen                                            (supplementary output)
-    5. combine  merge past rows with their output so far, by log-sum-exp              (output cache: pop, update, push)
+    1. write    rotate q and k, append the new row's K and V, overwrite those of the past rows,
+                refresh the page bounds                                              (propagation)
+    2. score    Quest's bound on q.k for each page                                     (selection)
+    3. select   the top pages of each KV head, and when each was last loaded     (exposure mask A)
+    4. attend   one read of these pages serves all rows: the newest row sees all of them,
+                a past row only those it has never seen                     (supplementary output)
+    5. combine  merge a past row's supplement into its output so far, by log-sum-exp
+                                                             (output cache: pop, update and push)
 
-The functions of the same names below are these steps; `RetroAttention` calls them in this order. `kernels.py` holds a Triton
-twin of each, with the same signature. W=1 is Quest. A layer that stays dense does 1, 4 over all pages, and 5 without a cache.
+The functions of the same names below are these steps, and `RetroAttention` calls them in this
+order. `kernels.py` holds a Triton twin of each, with the same signature. W=1 is Quest. A dense
+layer does 1, 4 over all pages, and 5 without a cache.
 
-The past rows start each step from their token ids again. The residual stream is stored nowhere, and a correction in one layer
-changes a row's input to every layer above: only a new pass through all of them revises the row's keys and values there.
+The past rows start each step from their token ids again. No residual stream is stored, and a
+correction in one layer changes a row's input to every layer above. Only a new pass through all
+layers revises the row's keys and values there.
 
-`last_loaded` is the paper's exposure mask A, stored as a time: for each KV head and page, the position t of the step that last
-loaded the page. It answers which rows have seen a page. The row at position p took part in every step from p on, and saw each
-page that those steps loaded. So at step t it has seen a page exactly if some load lies in p .. t-1. The latest load is at most
-t-1 until `select` records this step's, so that means last_loaded >= p: the page is new to the row exactly if last_loaded < p.
-One number per page serves all rows. This needs t to rise by exactly one from step to step.
+`last_loaded` is the paper's exposure mask A (section 2.3), stored as a time: for each KV head and
+page, the position t of the step that last loaded the page. It tells which rows have seen the page.
+The row at position p took part in every step from p on, and saw each page that those steps loaded.
+So at step t it has seen a page exactly if one of the loads lies in p .. t-1. Until `select` records
+this step's load, the latest load is at most t-1, so the condition is last_loaded >= p. The page is
+new to the row exactly if last_loaded < p. One number per page serves all rows. (This needs t to
+rise by exactly one from step to step.)
 
-Shapes: B batch, W window rows (newest last), P pages that the cache has room for (the first t // ps + 1 are *held*: they
-have tokens), ps page size, S selected pages, n_head query heads, n_kv_head KV heads, G = n_head / n_kv_head, hs head size.
-`t` is the position of the newest row, a 0-dim int64 tensor on the cache's device (an int in `store`, `forget`, `Step` and the
-methods of `RetroConfig`); row w stands at position p = t-W+1+w; j is the position of a key. Rows before the start of the text
+    An example: step 646 loads page 3, which step 643 loaded last. The rows of a window of four
+    are 643 .. 646. Row 643 saw the page at its own step: 643 < 643 is false. Rows 644 and 645
+    came later: 643 < 644, the page is new to them. Step 646 now sets last_loaded to 646. If step
+    647 loads the page again, it is new to no past row: 646 is not less than 644, 645 or 646.
+
+Shapes: B batch, W window rows (newest last), P pages that the cache has room for (the first
+t // ps + 1 are *held*, they have tokens), ps page size, S selected pages, n_head query heads,
+n_kv_head KV heads, G = n_head / n_kv_head, hs head size. `t` is the position of the newest row, a
+0-dim int64 tensor on the cache's device (an int in `put_rows` and in the methods of `RetroConfig`).
+Row w stands at position p = t-W+1+w; j is the position of a key. Rows before the start of the text
 (negative positions) write nothing and see nothing, and their output is zero.
 """
 
-import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
 
 
 def need(condition, message: str) -> None:
-    """For what a user can get wrong: ValueError with `message`, which names the value and what is allowed."""
+    """Raises ValueError(message) unless `condition` holds; the message names value and range."""
     if not condition:
         raise ValueError(message)
 
 
 @dataclass(frozen=True)
 class RetroConfig:
-    """What RetroAttention may read, and how far back it corrects. ValueError names a value that is out of range."""
+    """What RetroAttention may read, and how far back it corrects.
+
+    Raises ValueError if a value is out of range.
+    """
 
     page_size: int = 16  # tokens per page; a power of two
-    budget: float = 0.15  # share of the pages held that a step loads, in (0, 1]; the window's older pages come on top
-    min_tokens: int = 256  # ... but no fewer than this many tokens' worth
-    window: int = 2  # rows a step carries, the new one included: the paper's w; 1 is Quest
-    dense_layers: int = 2  # the first layers attend densely, as in Quest: their attention is spread too widely for a selection
-    impl: str = "auto"  # "torch", "triton", or "auto": Triton on a GPU where the kernels support the shape, else PyTorch
+    budget: float = 0.15  # fraction of the held pages that a step loads, in (0, 1] ...
+    min_tokens: int = 256  # ... but at least this many tokens' worth of pages
+    window: int = 2  # rows of a step, the new one included: the paper's w; 1 is Quest
+    dense_layers: int = 2  # first layers that attend to all pages: theirs is too spread out
+    impl: str = "auto"  # torch, triton, or auto: Triton on a GPU if it supports the shape
 
     def __post_init__(self):
-        limits = {"page_size": (1, 1024), "min_tokens": (1, 2**31 - 1), "window": (1, 256), "dense_layers": (0, 2**31 - 1)}
+        limits = {
+            "page_size": (1, 1024),
+            "min_tokens": (1, 2**31 - 1),
+            "window": (1, 256),
+            "dense_layers": (0, 2**31 - 1),
+        }
         for name, (least, most) in limits.items():
             x = getattr(self, name)
-            need(type(x) is int and least <= x <= most, f"{name} must be an integer from {least} to {most}, not {x!r}")
-        need(self.page_size & (self.page_size - 1) == 0, f"page_size must be a power of two, not {self.page_size}")
+            fits = type(x) is int and least <= x <= most
+            need(fits, f"{name} must be an integer from {least} to {most}, not {x!r}")
+        power_of_two = self.page_size & (self.page_size - 1) == 0
+        need(power_of_two, f"page_size must be a power of two, not {self.page_size}")
         number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
         need(number and 0 < self.budget <= 1, f"budget must be in (0, 1], not {self.budget!r}")
-        need(self.impl in ("auto", "torch", "triton"), f"impl must be auto, torch or triton, not {self.impl!r}")
+        known = self.impl in ("auto", "torch", "triton")
+        need(known, f"impl must be auto, torch or triton, not {self.impl!r}")
 
-    @functools.cached_property
-    def budget_ratio(self) -> tuple[int, int]:
-        """The budget as it was written, 0.07 as 7 / 100: 0.07 of 100 pages is 7, where floats come to 7.000000000000001.
-
-        With a denominator of at most a million, so that the kernels' 64-bit integers hold its product with any number of pages.
-        """
-        ratio = Fraction(str(self.budget)).limit_denominator(1_000_000)
-        return ratio.numerator, ratio.denominator
+    @property
+    def millionths(self) -> int:
+        """The budget in millionths. In floats 0.07 * 100 is 7.000000000000001, i.e. 8 pages."""
+        return round(self.budget * 1_000_000)
 
     @property
     def min_pages(self) -> int:
         """Pages that hold min_tokens."""
         return -(-self.min_tokens // self.page_size)  # -(-a // b) is a / b rounded up
 
+    def pages_held(self, t: int) -> int:
+        """Pages that have tokens after position t."""
+        return t // self.page_size + 1
+
+    def pages_allowed(self, held: int) -> int:
+        """The larger of `budget` and `min_tokens`, in pages, where `held` pages have tokens."""
+        return max(self.min_pages, -(-self.millionths * held // 1_000_000))
+
     def first_window_page(self, t: int) -> int:
-        """The first page that the window t-W+1 .. t touches. From there on every page is always loaded: its keys are being
-        rewritten, and which pages a past row meets must not depend on a later token's key. (Older pages hold no key later than
-        any row of the window.)"""
+        """The first page that the window t-W+1 .. t touches. It and all later pages are always
+        loaded (our choice: the paper leaves it open), for two reasons. Their keys are being
+        rewritten. And a past row's pages must not depend on the key of a later token; older pages
+        hold no such key."""
         return max(0, t - self.window + 1) // self.page_size
 
     def pages_selected(self, t: int) -> int:
-        """Pages that a KV head loads at position t: by `budget` or `min_tokens`, whichever is more, and on top the window's
-        older pages, so that they displace no other page; but never more than are held."""
-        held = t // self.page_size + 1
-        share, whole = self.budget_ratio
-        older = t // self.page_size - self.first_window_page(t)  # of the window's pages
-        return min(held, max(self.min_pages, -(-share * held // whole)) + older)
+        """Pages that a KV head loads at position t: what is allowed, plus the window's pages before
+        the newest, so that these displace no other page; at most all pages held."""
+        held = self.pages_held(t)
+        older = held - 1 - self.first_window_page(t)
+        return min(held, self.pages_allowed(held) + older)
 
-    def kv_tokens(self, t: int) -> tuple[int, int, int]:
-        """(held, loaded, bounds): what a layer holds after position t, what a sparse step at t loads of it, and what its
-        choice of pages reads, in tokens per KV head, a key and a value each (in bench.py `layer_bytes` says it in bytes, and
-        `step_bytes` adds the weights). Pages count whole, and a page's bounds are as large as one token. A dense layer keeps
-        and reads `held`; a sparse layer keeps held + bounds and reads loaded + bounds.
-        """
-        pages = t // self.page_size + 1
-        return pages * self.page_size, self.pages_selected(t) * self.page_size, pages
-
-    def most_pages_selected(self, P: int) -> int:
-        """Pages that a KV head loads at most, at any position of a cache of P pages: where the last one begins. Neither
-        budget nor floor shrinks as pages are added, and within a page the window only moves off its older pages."""
-        return self.pages_selected((P - 1) * self.page_size)
+    def max_pages_selected(self, P: int) -> int:
+        """An upper bound of `pages_selected` at all positions of a cache of P pages."""
+        return min(P, self.pages_allowed(P) + -(-(self.window - 1) // self.page_size))
 
 
 @dataclass
 class LayerCache:
-    """All that one layer remembers. A dense layer has no bounds, no exposure mask and no output cache: None.
+    """All that one layer remembers. In a dense layer the optional tensors are None.
 
-    Position j is place j % ps of page j // ps. Pages lie one after the other, so flatten(2, 3) is the cache by position.
+    Position j is place j % ps of page j // ps. Pages lie one after the other, so flatten(2, 3) is
+    the cache by position.
     """
 
     config: RetroConfig
-    k: torch.Tensor  # (B, n_kv_head, P, ps, hs) rotated keys: one head's pages lie together
+    k: torch.Tensor  # (B, n_kv_head, P, ps, hs) rotated keys; the pages of a head lie together
     v: torch.Tensor  # (B, n_kv_head, P, ps, hs)
-    bounds: torch.Tensor | None = None  # (B, n_kv_head, P, 2, hs) element-wise minimum and maximum of a page's keys
-    last_loaded: torch.Tensor | None = None  # (B, n_kv_head, P) int32: exposure mask A; -1: never loaded
-    # The output cache, in the dtype that `accumulator` names: the row of position p has slot p % W.
+    bounds: torch.Tensor | None = None  # (B, n_kv_head, P, 2, hs) minimum, maximum of a page's keys
+    last_loaded: torch.Tensor | None = None  # (B, n_kv_head, P) int32: mask A; -1: never loaded
+    # The output cache. The row at position p has slot p % W.
     out: torch.Tensor | None = None  # (B, W, n_head, hs) outputs of the window's rows
-    lse: torch.Tensor | None = None  # (B, W, n_head) natural-log sum of exp over the keys that a row has seen, -inf for none
-    totals: torch.Tensor | None = None  # (B, n_kv_head, 2) int64: pages loaded, past rows' first sights of a page
+    lse: torch.Tensor | None = None  # (B, W, n_head) natural log-sum-exp over the keys seen
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Scores, softmax and outputs are summed in float32; in float64 when the model is."""
+    """Scores, softmax and outputs are summed in float32; in float64 if the model is in float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def new_cache(config: RetroConfig, dense: bool, B, n_head, n_kv_head, hs, max_seq_len, device, dtype) -> LayerCache:
-    """A cache for max_seq_len tokens. Keys, values and bounds are not initialised: nothing unwritten ever reaches a result."""
-    P, acc = -(-max_seq_len // config.page_size), accumulator(dtype)
-    like = {"device": device, "dtype": dtype}
-    kv = [torch.empty(B, n_kv_head, P, config.page_size, hs, **like) for _ in range(2)]
+def new_cache(
+    config: RetroConfig,
+    dense: bool,
+    B: int,
+    n_head: int,
+    n_kv_head: int,
+    hs: int,
+    max_seq_len: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> LayerCache:
+    """A cache for max_seq_len tokens. Keys, values and bounds are not initialised, because nothing
+    unwritten ever reaches a result."""
+    P = -(-max_seq_len // config.page_size)
+    k = torch.empty(B, n_kv_head, P, config.page_size, hs, device=device, dtype=dtype)
+    v = torch.empty_like(k)
     if dense:
-        return LayerCache(config, *kv)
+        return LayerCache(config, k, v)
+    acc = accumulator(dtype)
     return LayerCache(
         config,
-        *kv,
-        bounds=torch.empty(B, n_kv_head, P, 2, hs, **like),
+        k,
+        v,
+        bounds=torch.empty(B, n_kv_head, P, 2, hs, device=device, dtype=dtype),
         last_loaded=torch.full((B, n_kv_head, P), -1, device=device, dtype=torch.int32),
         out=torch.zeros(B, config.window, n_head, hs, device=device, dtype=acc),
         lse=torch.full((B, config.window, n_head), -torch.inf, device=device, dtype=acc),
-        totals=torch.zeros(B, n_kv_head, 2, device=device, dtype=torch.int64),
     )
 
 
@@ -159,267 +186,306 @@ def row_positions(t: torch.Tensor, W: int) -> torch.Tensor:
     return t - W + 1 + torch.arange(W, device=t.device)  # (W,)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. write
+def finite(lse: torch.Tensor) -> torch.Tensor:
+    """The guard for empty sets of keys, whose lse is -inf: with -inf replaced by 0, the weight
+    exp(-inf - finite(lse)) is 0, where exp(-inf + inf) would be NaN."""
+    return lse.masked_fill(lse == -torch.inf, 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. write                               paper: section 2.1 (page bounds), section 2.4 (propagation)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates neighbouring pairs of x (..., T, heads, hs) by the angles of its T positions; cos, sin (T, hs / 2)."""
+    """Rotates neighbouring pairs of x (..., T, heads, hs) by the angles of its T positions; cos and
+    sin (T, hs / 2)."""
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, hs / 2)
     x1, x2 = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)  # (..., T, heads, hs / 2)
     return torch.stack((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def write(q, k, v, cos, sin, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Rotates q (B, W, n_head, hs) and k (B, W, n_kv_head, hs), each row at its own position, and puts k and v (both
-    (B, W, n_kv_head, hs)) into the cache. cos, sin (max_seq_len, hs / 2).
+    """Rotates q and k, each row at its own position, and puts k and v into the cache.
 
-    The newest row is appended. The past rows overwrite what the step before wrote (the paper's propagation): same token, same
-    position, better hidden state. Returns the rotated q.
+    The newest row is appended. The past rows overwrite what the previous step wrote (the paper's
+    propagation, section 2.4): same token, same position, better hidden state.
+    q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), cos and sin (max_seq_len, hs / 2).
+    Returns the rotated q.
     """
     W = q.shape[1]
     rows = row_positions(t, W).clamp(min=0)  # (W,)
-    q, k = apply_rope(q, cos[rows], sin[rows]), apply_rope(k, cos[rows], sin[rows])
-    real = min(W, int(t) + 1)  # without the rows before the start
-    store(k[:, -real:], v[:, -real:], cache, int(t))
+    q = apply_rope(q, cos[rows], sin[rows])
+    k = apply_rope(k, cos[rows], sin[rows])
+    n = min(W, int(t) + 1)  # the rows that are not before the start of the text
+    put_rows(k[:, -n:], v[:, -n:], cache, int(t))
     return q
 
 
-def store(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> None:
-    """Puts keys and values (B, T, n_kv_head, hs) of positions t-T+1 .. t into their pages and refreshes those pages' bounds."""
-    first, ps = t + 1 - k.shape[1], cache.k.shape[3]
+def put_rows(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> None:
+    """Puts keys and values (B, T, n_kv_head, hs) of positions t-T+1 .. t into their pages, and
+    recomputes the bounds of these pages."""
+    ps = cache.config.page_size
+    first = t + 1 - k.shape[1]
     cache.k.flatten(2, 3)[:, :, first : t + 1] = k.transpose(1, 2)
     cache.v.flatten(2, 3)[:, :, first : t + 1] = v.transpose(1, 2)
     if cache.bounds is not None:
-        # Over all keys of the page again. A running minimum would stay a bound, but no longer a tight one: it cannot rise when
-        # the key that set it is overwritten.
-        touched = slice(first // ps, t // ps + 1)
-        keys = cache.k[:, :, touched]  # (B, n_kv_head, pages, ps, hs)
-        j = torch.arange(touched.start * ps, touched.stop * ps, device=k.device).view(-1, ps, 1)
-        cache.bounds[:, :, touched, 0] = keys.masked_fill(j > t, torch.inf).amin(dim=3)
-        cache.bounds[:, :, touched, 1] = keys.masked_fill(j > t, -torch.inf).amax(dim=3)
+        # From all keys of a page. A running minimum would stay a bound, but not a tight one: it
+        # cannot rise when the key that set it is overwritten. (The paper leaves this open.)
+        pages = slice(first // ps, t // ps + 1)
+        keys = cache.k[:, :, pages]  # (B, n_kv_head, pages, ps, hs)
+        j = torch.arange(pages.start * ps, pages.stop * ps, device=k.device).view(-1, ps, 1)
+        cache.bounds[:, :, pages, 0] = keys.masked_fill(j > t, torch.inf).amin(dim=3)
+        cache.bounds[:, :, pages, 1] = keys.masked_fill(j > t, -torch.inf).amax(dim=3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. score
+# --------------------------------------------------------------------------------------------------
+# 2. score                                                           paper: section 2.1, Eq. 1
 
 
 def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Quest's bound sum_i max(q_i * min_i, q_i * max_i) of the newest row, summed over the query heads of a KV head.
+    """Quest's bound sum_i max(q_i * min_i, q_i * max_i) of the newest row for each page, summed
+    over the query heads g of a KV head.
 
-    A head's own bound is never below its largest q.k in the page; the sum only ranks the pages. A positive q_i picks the
-    maximum and a negative one the minimum, so the sum over the group moves inside: one dot product per page, 2 * hs long. Only
-    the newest row chooses: its logits are what the step is for, and pages chosen by past rows would be read in addition.
+    A head's own bound is never below its largest q.k in the page; the sum only ranks the pages.
+    The sum over the group moves inside, because for a <= b
+
+        sum_g max(q_g a, q_g b) = a sum_g min(q_g, 0) + b sum_g max(q_g, 0)
+
+    so a page costs one dot product of length 2 * hs. Only the newest row chooses: the step exists
+    for its logits, and pages chosen for past rows would be extra reads.
     q (B, W, n_head, hs), rotated -> (B, n_kv_head, pages held) float.
     """
-    held, acc = int(t) // cache.k.shape[3] + 1, accumulator(q.dtype)
+    held = cache.config.pages_held(int(t))
+    acc = accumulator(q.dtype)
     newest = q[:, -1].unflatten(1, (cache.k.shape[1], -1)).to(acc)  # (B, n_kv_head, G, hs)
-    picks = torch.stack((newest.clamp(max=0).sum(2), newest.clamp(min=0).sum(2)), dim=2)  # (B, n_kv_head, 2, hs)
-    return (cache.bounds[:, :, :held].to(acc).flatten(3) @ picks.flatten(2)[..., None]).squeeze(-1)
+    negative = newest.clamp(max=0).sum(dim=2)  # (B, n_kv_head, hs) meets the minima
+    positive = newest.clamp(min=0).sum(dim=2)  # (B, n_kv_head, hs) meets the maxima
+    weights = torch.cat((negative, positive), dim=-1)  # (B, n_kv_head, 2 * hs)
+    bounds = cache.bounds[:, :, :held].to(acc).flatten(3)  # (B, n_kv_head, pages held, 2 * hs)
+    return (bounds @ weights[..., None]).squeeze(-1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. select
+# --------------------------------------------------------------------------------------------------
+# 3. select                               paper: section 2.1 (selection), section 2.3 (mask A)
 
 
 def always_loaded(scores: torch.Tensor, config: RetroConfig, t: torch.Tensor) -> torch.Tensor:
-    """A copy of scores (B, n_kv_head, pages held) in which the pages that are always loaded come first: they score infinity."""
+    """A copy of scores (B, n_kv_head, pages held) where the pages that are always loaded score
+    infinity."""
     scores = scores.clone()
     scores[..., config.first_window_page(int(t)) :] = torch.inf
     return scores
 
 
-def select(scores: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pages that this step loads, ascending, and when each was last loaded before: two of (B, n_kv_head, S) int32.
+def select(
+    scores: torch.Tensor, cache: LayerCache, t: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses the pages that this step loads, and records the load in cache.last_loaded.
 
-    `scores` (B, n_kv_head, pages held) must be finite. Ties go to the lower page. Then cache.last_loaded says t for the pages
-    selected.
+    `scores` (B, n_kv_head, pages held) must be finite. Ties go to the lower page. Returns `pages`,
+    ascending, and `loaded_before`, the last_loaded of each before this step; both
+    (B, n_kv_head, S) int32.
     """
-    config, S = cache.config, cache.config.pages_selected(int(t))
-    # sort and not topk, which may return any of several equal pages
-    ranked = always_loaded(scores, config, t).sort(dim=-1, descending=True, stable=True).indices  # (B, n_kv_head, pages held)
+    S = cache.config.pages_selected(int(t))
+    scores = always_loaded(scores, cache.config, t)
+    # sort, because topk may return any of several equal pages
+    ranked = scores.sort(dim=-1, descending=True, stable=True).indices  # (B, n_kv_head, pages held)
     pages = ranked[..., :S].sort(dim=-1).values  # (B, n_kv_head, S)
-    last_loaded = cache.last_loaded.gather(2, pages)  # (B, n_kv_head, S)
+    loaded_before = cache.last_loaded.gather(2, pages)  # (B, n_kv_head, S)
     cache.last_loaded.scatter_(2, pages, int(t))
-
-    # For the report of effective exposure; `attend` applies the same rule to the keys. A past row sees a page for the first
-    # time if the page does not begin after the row, and was not loaded since the row's own step.
-    past = row_positions(t, config.window)[:-1, None]  # (W-1, 1)
-    new = (pages[..., None, :] * config.page_size <= past) & (last_loaded[..., None, :] < past)  # (B, n_kv_head, W-1, S)
-    cache.totals[..., 0] += S
-    cache.totals[..., 1] += new.sum((2, 3))
-    return pages.int(), last_loaded
+    return pages.int(), loaded_before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. attend
+# --------------------------------------------------------------------------------------------------
+# 4. attend                              paper: section 2.3, Eq. 2 (original, supplementary output)
 
 
-def attend(q, cache: LayerCache, pages: torch.Tensor | None, last_loaded: torch.Tensor | None, t: torch.Tensor):
-    """Softmax attention of all rows over the pages loaded: the row at position p sees the key at position j if
+def attend(
+    q: torch.Tensor,
+    cache: LayerCache,
+    pages: torch.Tensor | None,
+    loaded_before: torch.Tensor | None,
+    t: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of all rows over the loaded pages. The row at p sees the key at j if
 
-        j <= p             it is causal, also inside a page that a past row meets for the first time
-        last_loaded < p    the row has not seen the page: neither at its own step nor at one since (proof at the top)
+        j <= p               it is causal, also inside a page that a past row sees late
+        loaded_before < p    the row has not seen the page yet (proof at the top of this file)
 
-    For the newest row, p = t, the second holds for every page: original output and supplementary outputs are one rule.
-    Without `pages` all pages held are loaded and new to every row (a dense layer, and the end of the prompt).
+    For the newest row, p = t, the second condition always holds. So one rule gives the original
+    output of the newest row and the supplementary outputs of the past rows. Without `pages`, all
+    pages held are loaded and new to every row (a dense layer, and the end of the prompt).
 
-    q (B, W, n_head, hs), rotated -> o (1, B, W, n_head, hs), lse (1, B, W, n_head) float: a single part where the kernel
-    returns one for each of its splits. A row that sees nothing has o = 0 and lse = -inf.
+    q (B, W, n_head, hs), rotated -> o (1, B, W, n_head, hs), lse (1, B, W, n_head) float: one part;
+    the kernel returns one per split. A row that sees nothing has o = 0 and lse = -inf.
     """
     B, W, n_head, hs = q.shape
-    n_kv_head, ps, acc = cache.k.shape[1], cache.k.shape[3], accumulator(q.dtype)
+    n_kv_head = cache.k.shape[1]
+    ps = cache.config.page_size
+    acc = accumulator(q.dtype)
     if pages is None:
-        held = int(t) // ps + 1
+        held = cache.config.pages_held(int(t))
         pages = torch.arange(held, device=q.device).expand(B, n_kv_head, held)
-        last_loaded = torch.full_like(pages, -1)
-        k, v = cache.k[:, :, :held], cache.v[:, :, :held]
+        loaded_before = torch.full_like(pages, -1)
+        k = cache.k[:, :, :held]  # (B, n_kv_head, S, ps, hs)
+        v = cache.v[:, :, :held]
     else:
         b = torch.arange(B, device=q.device)[:, None, None]
         h = torch.arange(n_kv_head, device=q.device)[:, None]
-        k, v = cache.k[b, h, pages], cache.v[b, h, pages]  # (B, n_kv_head, S, ps, hs)
+        k = cache.k[b, h, pages]  # (B, n_kv_head, S, ps, hs)
+        v = cache.v[b, h, pages]
+
     j = pages[..., None] * ps + torch.arange(ps, device=q.device)  # (B, n_kv_head, S, ps)
     p = row_positions(t, W)[:, None, None]  # (W, 1, 1)
-    visible = (j[:, :, None] <= p) & (last_loaded[:, :, None, :, None] < p)  # (B, n_kv_head, W, S, ps)
-    visible = visible.flatten(3)[..., None, :]  # (B, n_kv_head, W, 1, S * ps)
+    causal = j[:, :, None] <= p  # (B, n_kv_head, W, S, ps)
+    new = loaded_before[:, :, None, :, None] < p  # (B, n_kv_head, W, S, 1)
+    visible = (causal & new).flatten(3)[..., None, :]  # (B, n_kv_head, W, 1, S * ps)
 
+    # What lies after t was never written and may be NaN, which a weight of 0 would not remove.
+    v = v.masked_fill((j > t)[..., None], 0).flatten(2, 3).to(acc)  # (B, n_kv_head, S * ps, hs)
     k = k.flatten(2, 3).to(acc)  # (B, n_kv_head, S * ps, hs)
-    # What lies after position t was never written and may be NaN, which a weight of zero would not remove.
-    v = v.masked_fill((j > t)[..., None], 0).flatten(2, 3).to(acc)
-    # The W * G rows that share a KV head, one below the other.
-    q = q.to(acc).unflatten(2, (n_kv_head, -1)).transpose(1, 2).flatten(2, 3)  # (B, n_kv_head, W * G, hs)
-    s = (q @ k.mT * hs**-0.5).unflatten(2, (W, -1)).masked_fill(~visible, -torch.inf)  # (B, n_kv_head, W, G, S * ps)
+    # The W * G rows that share a KV head form one matrix.
+    q = q.to(acc).unflatten(2, (n_kv_head, -1)).transpose(1, 2)  # (B, n_kv_head, W, G, hs)
+    s = q.flatten(2, 3) @ k.mT * hs**-0.5  # (B, n_kv_head, W * G, S * ps)
+    s = s.unflatten(2, (W, -1)).masked_fill(~visible, -torch.inf)  # (B, n_kv_head, W, G, S * ps)
     lse = s.logsumexp(dim=-1)  # (B, n_kv_head, W, G)
-    # Where nothing is visible, exp(-inf - lowest) = 0 and not exp(-inf + inf) = NaN.
-    weight = (s - lse.clamp(min=torch.finfo(acc).min)[..., None]).exp()
+    weight = (s - finite(lse)[..., None]).exp()  # (B, n_kv_head, W, G, S * ps)
     o = (weight.flatten(2, 3) @ v).unflatten(2, (W, -1))  # (B, n_kv_head, W, G, hs)
-    return o.transpose(1, 2).reshape(1, B, W, n_head, hs), lse.transpose(1, 2).reshape(1, B, W, n_head)
+    o = o.transpose(1, 2).reshape(1, B, W, n_head, hs)
+    lse = lse.transpose(1, 2).reshape(1, B, W, n_head)
+    return o, lse
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. combine
+# --------------------------------------------------------------------------------------------------
+# 5. combine                        paper: section 2.3 (output cache), appendix C (merged outputs)
 
 
-def merge(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention outputs over N disjoint sets of keys -> the output over all of them: the same as softmax over the union.
+def merge_by_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merges attention outputs over N disjoint sets of keys into the output over their union, which
+    equals softmax attention over the union.
 
-    o (N, ..., hs), lse (N, ...) -> o (..., hs), lse (...). An empty set, o = 0 and lse = -inf, changes nothing;
-    it is what `attend` returns for a row to which nothing is new. (In the kernels: `seen` in attend, `finite` in combine.)
+    o (N, ..., hs), lse (N, ...) -> o (..., hs), lse (...). An empty set, o = 0 and lse = -inf,
+    changes nothing. It is what `attend` returns for a row to which no page is new.
     """
-    total = lse.logsumexp(dim=0)
-    weight = (lse - total.clamp(min=torch.finfo(lse.dtype).min)).exp()  # (N, ...) 0, not NaN, where all sets are empty
+    total = lse.logsumexp(dim=0)  # (...)
+    weight = (lse - finite(total)).exp()  # (N, ...)
     return (weight[..., None] * o).sum(dim=0), total
 
 
 def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Merges the parts o (N, B, W, n_head, hs), lse (N, B, W, n_head) with each other and with the output cache, in place. In
-    the first sparse layer a row's output is then exact attention over the union of the pages it has seen; above, it
-    approximates that, as q, K and V change meanwhile.
+    """Merges the parts o (N, B, W, n_head, hs), lse (N, B, W, n_head) with each other and with the
+    output cache, in place. Returns the rows (B, W, n_head, hs) in the model's dtype.
 
-    The cache has a slot for each row of the window, position p in slot p % W, so that no row ever moves. Returns the merged
-    rows (B, W, n_head, hs) in the dtype of the model.
+    In the first sparse layer a row's query is the same at every step, so the result is exact
+    attention over the union of the pages that the row has seen. In the layers above, a supplement
+    has the row's corrected query and is merged with outputs of its older queries: each part is
+    attention over its own keys with the best query known at its step.
+
+    The row at position p keeps slot p % W, so no row ever moves.
     """
     if cache.out is None:
-        return merge(o, lse)[0].to(cache.k.dtype)
-    slots = row_positions(t, o.shape[2]) % o.shape[2]  # (W,)
-    # Pop: the row of t-W has left the window; the newest row takes its slot. Zero the output, too: 0 times inf is NaN.
-    cache.lse[:, slots[-1]], cache.out[:, slots[-1]] = -torch.inf, 0
-    o, lse = merge(torch.cat((o, cache.out[None, :, slots])), torch.cat((lse, cache.lse[None, :, slots])))
-    cache.out[:, slots], cache.lse[:, slots] = o, lse  # update the past rows, push the newest
+        return merge_by_lse(o, lse)[0].to(cache.k.dtype)
+    W = o.shape[2]
+    slots = row_positions(t, W) % W  # (W,)
+    # Pop: the row at t-W has left the window, and the newest row takes its slot. The output is
+    # zeroed too, because 0 * inf is NaN.
+    cache.lse[:, slots[-1]] = -torch.inf
+    cache.out[:, slots[-1]] = 0
+    o = torch.cat((o, cache.out[None, :, slots]))  # (N + 1, B, W, n_head, hs)
+    lse = torch.cat((lse, cache.lse[None, :, slots]))  # (N + 1, B, W, n_head)
+    o, lse = merge_by_lse(o, lse)
+    cache.out[:, slots] = o  # update the past rows, push the newest
+    cache.lse[:, slots] = lse
     return o.to(cache.k.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The module that the model calls
 
 
-def implementation(impl: str, device: torch.device, dtype: torch.dtype, head_size: int, query_rows: int):
-    """The module whose `write` ... `combine` run: this one, or kernels.py. "auto" takes Triton on a GPU if it can do the shape.
-
-    `query_rows` is W * G. ValueError if Triton is asked for and cannot run, or would run wrongly.
-    """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    reason = None
-    if importlib.util.find_spec("triton") is None:
-        reason = "Triton is not installed on this machine (there are builds for Linux: pip install triton)"
-    elif device.type != "cuda" and not interpreted:
-        reason = f"on {device.type} set TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter"
-    elif dtype not in (torch.float32, torch.float16, torch.bfloat16) or (interpreted and dtype == torch.bfloat16):
-        reason = f"dtype must be float32, float16 or, outside of the interpreter, bfloat16, not {dtype}"
-    elif head_size not in (16, 32, 64, 128):
-        reason = f"head_size must be 16, 32, 64 or 128, not {head_size}"
-    elif query_rows > 128:
-        reason = f"window * n_head / n_kv_head must be at most 128, not {query_rows}: more rows do not fit the registers"
-    if impl == "torch" or (impl == "auto" and (device.type != "cuda" or reason)):
-        return sys.modules[__name__]
-    need(reason is None, f"impl triton: {reason}")
-    import kernels
-
-    return kernels
-
-
 class RetroAttention:
-    """One layer's cache and its attention: `prefill` starts a text, each `decode` adds a position; the caller counts them."""
+    """One layer's cache and its attention. `prefill` starts a text, and each `decode` adds one
+    position; the caller counts the positions. `ops` is the module whose five steps run."""
 
     def __init__(
-        self, config: RetroConfig, *, dense: bool, batch_size: int, n_head: int, n_kv_head: int, head_size: int,
-        max_seq_len: int, device: torch.device | str, dtype: torch.dtype,
-    ):  # fmt: skip
+        self,
+        config: RetroConfig,
+        *,
+        dense: bool,
+        batch_size: int,
+        n_head: int,
+        n_kv_head: int,
+        head_size: int,
+        max_seq_len: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ):
         self.dense = dense
         query_rows = config.window * n_head // n_kv_head
         self.ops = implementation(config.impl, torch.device(device), dtype, head_size, query_rows)
-        self.cache = new_cache(config, dense, batch_size, n_head, n_kv_head, head_size, max_seq_len, device, dtype)
-        # Called after each decode step of a sparse layer. It reads the position on the host: a step with a hook cannot be part
-        # of a CUDA graph.
-        self.hook: Callable[[Step], None] | None = None
+        self.cache = new_cache(
+            config, dense, batch_size, n_head, n_kv_head, head_size, max_seq_len, device, dtype
+        )
 
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Starts a text: stores the prompt's rotated keys and values. The prompt itself attends densely, outside of here.
+        """Starts a text: stores the prompt's rotated keys and values. The caller computes the
+        prompt's dense attention. q (B, T, n_head, hs), k and v (B, T, n_kv_head, hs), with T at
+        most max_seq_len.
 
-        Prefill loaded everything: each page counts as loaded at the last prompt position, and the window starts filled with
-        the prompt's last rows, as if a dense step had ended it. q (B, T, n_head, hs), k and v (B, T, n_kv_head, hs); T may
-        not be more than the cache was made for.
+        Prefill loaded everything (our choice: the paper leaves it open). Each page counts as loaded
+        at the last prompt position, and the output cache holds the prompt's last rows.
         """
-        T, W, cache = q.shape[1], self.cache.config.window, self.cache
-        store(k, v, cache, T - 1)
+        T = q.shape[1]
+        W = self.cache.config.window
+        cache = self.cache
+        put_rows(k, v, cache, T - 1)
         if self.dense:
             return
-        self.forget(T - 1)
-        cache.totals.zero_()
+        cache.last_loaded.fill_(-1)
+        cache.last_loaded[:, :, : cache.config.pages_held(T - 1)] = T - 1
+        cache.lse.fill_(-torch.inf)
+        cache.out.zero_()
+        # The last rows attend once more, because SDPA returns no log-sum-exp.
         q = F.pad(q[:, -W:], (0, 0, 0, 0, max(0, W - T), 0)).contiguous()  # (B, W, n_head, hs)
         t = torch.tensor(T - 1, device=q.device)
-        self.ops.combine(*self.ops.attend(q, cache, None, None, t), cache, t)
-
-    def forget(self, t: int) -> None:
-        """Forgets the rows' outputs; every page held at position t counts as loaded at t."""
-        if not self.dense:
-            self.cache.last_loaded.fill_(-1)
-            self.cache.last_loaded[:, :, : t // self.cache.config.page_size + 1] = t
-            self.cache.lse.fill_(-torch.inf)
-            self.cache.out.zero_()
+        o, lse = self.ops.attend(q, cache, None, None, t)
+        self.ops.combine(o, lse, cache, t)
 
     def decode(self, q, k, v, cos, sin, t: torch.Tensor) -> torch.Tensor:
-        """One step of all W rows: q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated, the newest row at
-        position t, inside the cache; cos and sin (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs)."""
-        cache, ops = self.cache, self.ops
-        scores = pages = last_loaded = None
-        watched = self.hook is not None and not self.dense
-        before = past_rows(cache, t) if watched else None
+        """One step of all W rows, the newest at position t, which lies inside the cache.
+
+        q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated; cos and sin
+        (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs).
+        """
+        ops, cache = self.ops, self.cache
         q = ops.write(q, k, v, cos, sin, cache, t)
+        pages = loaded_before = None  # a dense layer attends to all pages
         if not self.dense:
-            scores = ops.score(q, cache, t)
-            pages, last_loaded = ops.select(scores, cache, t)
-        o, lse = ops.attend(q, cache, pages, last_loaded, t)
-        o = ops.combine(o, lse, cache, t)
-        if watched:
-            # The kernels' lists have unused places at their ends.
-            S, held = cache.config.pages_selected(int(t)), int(t) // cache.config.page_size + 1
-            after = past_rows(cache, t)
-            self.hook(Step(int(t), scores[..., :held], pages[..., :S], last_loaded[..., :S], before, after))
-        return o
+            pages, loaded_before = ops.select(ops.score(q, cache, t), cache, t)
+        o, lse = ops.attend(q, cache, pages, loaded_before, t)
+        return ops.combine(o, lse, cache, t)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+class OpsWrapper:
+    """Wraps the steps of a sparse layer to watch, count or replace them:
+
+        layer.ops = MyWrapper(layer.ops)
+
+    A subclass overrides the steps that it is about and calls them in `self.ops`; everything else
+    passes through. Prefill calls `attend` with pages=None: a subclass with a state resets it there.
+    A subclass that reads the position on the host, e.g. by int(t), sets `capturable = False`; the
+    decoder then runs its steps without a CUDA graph. Wrap before the first step, because a
+    captured graph goes on with the steps that it was captured with.
+    """
+
+    def __init__(self, ops):
+        self.ops = ops
+
+    def __getattr__(self, name: str):
+        return getattr(self.ops, name)
+
+
+# --------------------------------------------------------------------------------------------------
 # Beside attention: what a layer computes between its matrix products
 
 
@@ -434,37 +500,37 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * value
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# For tracing: what a step changed
+# --------------------------------------------------------------------------------------------------
+# Which implementation runs
+
+capturable = False  # the steps above read t on the host, which a CUDA graph cannot record
 
 
-@dataclass
-class PastRows:
-    """A copy of what a layer holds of the window's past rows, oldest first: R = W-1 of them, fewer where the text starts."""
+def implementation(
+    impl: str, device: torch.device, dtype: torch.dtype, head_size: int, query_rows: int
+):
+    """The module whose `write` ... `combine` run: this one, or kernels.py. "auto" chooses Triton on
+    a GPU if it supports the shape. `query_rows` is W * G.
 
-    k: torch.Tensor  # (B, n_kv_head, R, hs) rotated
-    v: torch.Tensor  # (B, n_kv_head, R, hs)
-    out: torch.Tensor  # (B, R, n_head, hs) the output cache's
-    lse: torch.Tensor  # (B, R, n_head)
+    Raises ValueError if Triton is requested but cannot run correctly.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    reason = None
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed (on Linux: pip install triton)"
+    elif device.type != "cuda" and not interpreted:
+        reason = f"on {device.type} set TRITON_INTERPRET=1 to run the kernels in the interpreter"
+    elif dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        reason = f"dtype must be float32, float16 or bfloat16, not {dtype}"
+    elif interpreted and dtype == torch.bfloat16:
+        reason = "dtype must be float32 or float16 in the interpreter, not torch.bfloat16"
+    elif head_size not in (16, 32, 64, 128):
+        reason = f"head_size must be 16, 32, 64 or 128, not {head_size}"
+    elif query_rows > 128:
+        reason = f"window * n_head / n_kv_head must be at most 128, not {query_rows}"
+    if impl == "torch" or (impl == "auto" and (device.type != "cuda" or reason)):
+        return sys.modules[__name__]
+    need(reason is None, f"impl triton: {reason}")
+    import kernels
 
-
-@dataclass
-class Step:
-    """What one decode step did in one sparse layer. `RetroAttention.hook` is called with it; `sample.py --trace` draws it."""
-
-    t: int  # position of the newest row; those of the past rows are t-R .. t-1
-    scores: torch.Tensor  # (B, n_kv_head, pages held)
-    pages: torch.Tensor  # (B, n_kv_head, S) int32: the pages loaded, ascending
-    last_loaded: torch.Tensor  # (B, n_kv_head, S) int32: the step that loaded each before, as `select` found it
-    before: PastRows  # as the step before left them
-    after: PastRows  # K and V overwritten, supplementary outputs merged in
-
-
-def past_rows(cache: LayerCache, t: torch.Tensor) -> PastRows:
-    """Of a sparse layer. Indexing with a tensor copies: what the layer does next does not change them."""
-    rows = row_positions(t, cache.config.window)[:-1]  # (W-1,)
-    rows = rows[rows >= 0]  # (R,)
-    slots = rows % cache.config.window
-    return PastRows(
-        cache.k.flatten(2, 3)[:, :, rows], cache.v.flatten(2, 3)[:, :, rows], cache.out[:, slots], cache.lse[:, slots]
-    )
+    return kernels

@@ -1,0 +1,1 @@
+"""Features beyond the method and its proof, one file each: see README.md."""

@@ -1,0 +1,256 @@
+"""What must hold for extras/longgen.py: the prompts, how answers are read, and what is counted."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from extras import longgen
+from model import Decoder, Llama, Tokenizer
+from retro_attention import RetroConfig
+from test_retro import TINY, pages_to_load, random_model, refused_in_a_line, run_main
+
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def write_jsonl(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_questions_are_numbered_on_from_the_examples():
+    """As published. Guards against questions that begin at 1 again: a model then answered the
+    examples once more."""
+    pairs = [{"question": f"q{i}?", "work": f"w{i}.", "result": float(i)} for i in range(5)]
+    system, user = longgen.conversation(pairs[:3], pairs[3:])
+    assert system == ("system", longgen.INSTRUCTION) and user[0] == "user"
+    asked = re.findall(r"Question_(\d): (q\d)\?", user[1])
+    assert asked == [(str(i + 1), f"q{i}") for i in range(5)]
+    worked = re.findall(r"Answer_(\d): w(\d)\. The answer is (\d)\.", user[1])
+    assert worked == [(str(i + 1), str(i), str(i)) for i in range(3)]
+    last_example = user[1].index("Answer_3")
+    assert user[1].index("Question_3") < last_example < user[1].index("Question_4")
+    alone = longgen.conversation(pairs[:2], pairs[4:])
+    answers = [("assistant", "w0. The answer is 0."), ("assistant", "w1. The answer is 1.")]
+    assert alone[1::2] == answers
+    assert alone[::2] == [("user", "q0?"), ("user", "q1?"), ("user", "q4?")]
+
+
+def test_questions_are_read_as_gsm8k_has_them(tmp_path):
+    """Without the marks for a calculator, which no model should learn to write; results with
+    commas and signs."""
+    answer = "She has 1,000 * 2 = <<1000*2=2000>>2,000.\n#### -2,000"
+    write_jsonl(tmp_path / "x", [{"question": " How many?\n", "answer": answer}])
+    pair = longgen.read_questions(str(tmp_path / "x"), 1)[0]
+    work = "She has 1,000 * 2 = 2,000."
+    assert pair == {"question": "How many?", "work": work, "result": -2000}
+    assert longgen.solution(pair) == f"{work} The answer is -2000."
+
+
+def test_prompts_of_one_length(tmp_path):
+    """Each prompt's examples make up for the length of its questions, which stay its own."""
+    tok = Tokenizer.from_checkpoint(TINY)
+    words = "the wind blew and it was a dark night " * 9
+    pairs = []
+    for i in range(60):
+        question = words[: 7 * i % 90] + f"{i}?"
+        pairs.append({"question": question, "answer": words[: 11 * i % 170] + f"#### {i}"})
+    write_jsonl(tmp_path / "examples", pairs[:40])
+    write_jsonl(tmp_path / "questions", pairs[40:])
+    files = f"--examples {tmp_path}/examples --questions {tmp_path}/questions --out x"
+    args = longgen.parse_args(f"{files} --shots 3 --prompts 5 --one_length".split())
+    for n in (1, 4):
+        args.n = n
+        prompts, results = longgen.make_prompts(args, 3000, tok)
+        assert len({len(ids) for ids in prompts}) == 1
+        assert results == [[40.0 + i * n + j for j in range(n)] for i in range(5)]
+        texts = [tok.decode(ids) for ids in prompts]
+        for i, text in enumerate(texts):
+            assert f"{40 + i * n}?" in text and text.count("?") == 3 + n
+        examples = {text[: text.index("?")] for text in texts}
+        assert len(examples) > 1, "all prompts have the same examples"
+
+
+# --------------------------------------------------------------------------------------------------
+# Answers
+
+
+@pytest.mark.parametrize("text, number", [
+    ("The answer is 72, in total.", 72), ("The answer is -5", -5), ("The answer is: -5.", -5),
+    ("The answer is -$5.", -5), ("The answer is $-5.", -5), ("The answer is .5", 0.5),
+    ("The answer is -\\$1,234.50.", -1234.5), ("The answer is -$.5 or so", -0.5), ("It is No.5", 5),
+    ("The answer is... 5", 5), ("The answer is...5", 5), ("The answer is \u22125.", -5),
+    ("The answer is 15%.", 15), ("The answer is -7.5 percent.", -7.5), ("\u20ac5", 5),
+    ("The answer is USD 1,000,000", 1e6), ("The answer is -\u00a35", -5),
+    ("The answer is **7**", 7), ("**The answer is -7.**", -7), ("The answer is -**7**.", -7),
+    ("The answer is $\\boxed{-7}$", -7), ("The answer is 3/4.", 0.75), ("so -3 / 4 of it", -0.75),
+    ("The answer is $1,000/8 each", 125), ("The answer is 5/0", 5), ("$5/hour", 5),
+    ("20-5", 5), ("It is 9 - 2 = 7", 7), ("from 5-10", 10), ("GPT-4", 4), ("", None),
+    ("none", None), ("The answer is 3. It took 2 steps.", 3),
+    ("The answer is unclear\n4, I think", 4),
+])  # fmt: skip
+def test_the_number_of_an_answer(text, number):
+    """Guards against a sign or a point that is lost with the unit, and a hyphen read as a sign."""
+    assert longgen.read_result(text) == number
+
+
+def test_answers_are_matched_by_their_number():
+    """In any order. The number after 'The answer is' comes before any other, and the first answer
+    to a question counts."""
+    text = (
+        "Answer_2: 3 and 4 make 7. The answer is $1,007.50. It took 3 steps.\n\n"
+        "Answer_1: it is 12, so 13\nAnswer_4: nothing\nAnswer_2: The answer is 8.\n"
+        "Answer_12: the answer is -5\nAnswer_4: The answer is 0."
+    )
+    by_number, in_order = longgen.read_answers(text)
+    assert by_number == {2: 1007.5, 1: 13, 12: -5, 4: 0}
+    assert in_order == [1007.5, 13, None, 8, -5, 0]
+    assert longgen.read_answers("The answer is 3.") == ({}, [])
+    assert longgen.read_answers("**Answer_3**: **5**") == ({3: 5}, [5])
+    longgen.read_answers("Answer_" + "7" * 5000)  # Python refuses to read so long an integer
+    assert longgen.judge("Answer_9: 1 Answer_11: 2", 9, [1, 2, 3]) == {
+        "right": [True, False, False],
+        "right by position": [True, True, False],
+        "answered": [True, False, True],
+    }
+    single = {"right": [True], "right by position": [True], "answered": [True]}
+    assert longgen.judge("2 + 2 = 4", 9, [4]) == single
+
+
+# --------------------------------------------------------------------------------------------------
+# The measurement
+
+
+@pytest.fixture
+def measure(capsys, monkeypatch, tmp_path):
+    """Runs the command as if the model answered `said` to all prompts, which ask for the sums
+    1003, 1004, ... Returns the results and the records."""
+    tok = Tokenizer.from_checkpoint(TINY)
+    lines = []
+    for i in range(20):
+        answer = f"<<{i}+1000>>\n#### {1000 + i:,}"
+        lines.append({"question": f"What is {i} + 1000?", "answer": answer})
+    write_jsonl(tmp_path / "examples", lines[:3])
+    write_jsonl(tmp_path / "questions", lines[3:])
+    model = random_model(hs=8, n_layer=2, vocab_size=tok.vocab_size, max_seq_len=4096)
+    monkeypatch.setattr(Llama, "from_checkpoint", lambda *args, **kwargs: model)
+
+    def run(said, options):
+        ids = [*tok.encode(said), tok.stop_tokens[0], *tok.encode(" 1000")]
+
+        def stream(decoder, idx, most, temperature, stop_tokens):
+            assert temperature == 0 and stop_tokens == tok.stop_tokens
+            assert idx.shape[1] + most <= decoder.max_seq_len
+            return (torch.full((len(idx),), token) for token in ids[:most])
+
+        monkeypatch.setattr(Decoder, "stream", stream)
+        files = f"--questions {tmp_path}/questions --examples {tmp_path}/examples"
+        (tmp_path / "out").unlink(missing_ok=True)
+        usual = f"{files} --out {tmp_path}/out --shots 3 --windows 2 --device cpu"
+        assert longgen.main([*usual.split(), *options.split()]) == 0
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert record["command"] == "longgen"
+        lines = (tmp_path / "out").read_text().splitlines()
+        return record["results"], [json.loads(line) for line in lines]
+
+    return run
+
+
+def test_right_answers_are_counted(measure):
+    """The questions asked are numbered on from the three examples. Of the first prompt's four the
+    answer has two right by number. It skips one and repeats one, first wrong, and none is right at
+    its place. Of the next prompt's four none is right."""
+    said = (
+        "Answer_7: The answer is 1006. Answer_4: The answer is 1,003. Answer_5: The answer is 1. "
+        "Answer_5: The answer is 1004."
+    )
+    rows, records = measure(said, "--n 4 --prompts 2")
+    assert list(rows) == ["full", "Quest", "W=2"]
+    for row in rows.values():
+        assert row["right"]["mean"] == 2 / 8
+        assert row["right by position"]["mean"] == 0
+        assert row["answered"]["mean"] == 6 / 8
+        assert row["right"]["by_passage"] == [0.5, 0]
+        assert row["right"]["by_position"] == [0.5, 0, 0, 0.5]
+        assert row["right"]["to Quest"] == [0, 0]
+    assert len(records) == 6
+    for record in records:
+        assert record["text"] == said
+        assert record["right"] == [record["prompt"] == 0 and i in (0, 3) for i in range(4)]
+
+
+def test_the_control_is_compared(measure):
+    rows, _ = measure("The answer is 1003.", "--n 1 --prompts 2 --control")
+    assert list(rows) == ["full", "Quest", "W=2", "W=2 not looking back"]
+    assert rows["W=2"]["answered"]["to control"] == [0, 0]
+
+
+def test_single_questions_are_asked_side_by_side(measure):
+    """Guards against records that get the index of another prompt of the batch."""
+    rows, records = measure(
+        "1000 + 5 is 1005. The answer is 1,005. 7", "--n 1 --prompts 17 --batch 4"
+    )
+    assert rows["W=2"]["right"]["mean"] == pytest.approx(1 / 17)
+    assert rows["full"]["answered"]["mean"] == 1
+    quest = [record["prompt"] for record in records if record["method"] == "Quest"]
+    assert sorted(quest) == list(range(17))
+    assert {record["prompt"] for record in records if record["right"][0]} == {2}
+
+
+@pytest.mark.parametrize("answer_tokens", [256, 5])
+def test_kv_read_counts_the_positions_decoded(measure, answer_tokens):
+    """By hand for one record. The prompt's last position gives the first token. The stop token
+    takes a step too; without one, the step to the last token is never made."""
+    tok = Tokenizer.from_checkpoint(TINY)
+    said = "It is a dark night. The answer is 1,003."
+    n = min(len(tok.encode(said)) + 1, answer_tokens)
+    sparse = "--dense_layers 0 --min_tokens 32 --budget 0.1 --page_size 8"
+    rows, records = measure(said, f"--n 1 --prompts 2 {sparse} --answer_tokens {answer_tokens}")
+    examples = [("What is 0 + 1000?", 1000), ("What is 1 + 1000?", 1001)]
+    examples += [("What is 2 + 1000?", 1002)]
+    turns = []
+    for question, result in examples:
+        turns += [("user", question), ("assistant", f" The answer is {result}.")]
+    prompt = len(tok.chat([*turns, ("user", "What is 3 + 1000?")]))
+    retro = RetroConfig(page_size=8, budget=0.1, min_tokens=32, window=1)
+    counts = [pages_to_load(retro, t)[:2] for t in range(prompt, prompt + n - 1)]
+    loaded, held = map(sum, zip(*counts, strict=True))
+    record = next(x for x in records if x["method"] == "Quest" and x["prompt"] == 0)
+    assert record["tokens"] == (5 if answer_tokens == 5 else n - 1)
+    assert record["kv_share"] == pytest.approx((loaded + held / 8) / held)
+    assert rows["Quest"]["kv_share"] == pytest.approx(record["kv_share"], abs=0.01)
+    assert rows["full"]["kv_share"] == 1 > rows["W=2"]["kv_share"]
+
+
+@pytest.mark.parametrize("options, message", [
+    ("", "required: --questions, --examples, --out"),
+    ("--prompts 1", "prompts: must be >= 2, not 1"),
+    ("--questions nowhere --examples LICENSE --out x", "LICENSE: line 1 is not a question"),
+    ("--questions LICENSE --examples nowhere --out x", "nowhere: No such file"),
+    ("--questions {0} --examples {0} --out x", "{0} has 3 questions: 8 are needed"),
+    ("--questions {0} --examples {0} --out x --shots 1 --prompts 2",
+     "has 3 questions: 10 are needed"),
+    ("--questions {0} --examples {0} --out x --shots 1 --prompts 2 --n 1 --answer_tokens 4090",
+     r"n = 1: the context leaves 6 tokens for a prompt of \d+: choose a smaller n"),
+    ("--questions {0} --examples {0} --out x --shots 2 --prompts 3 --n 1 --one_length",
+     "one_length: no 2 examples make prompt 0 as long as the others"),
+    ("--questions LICENSE --examples LICENSE --out README.md", "out README.md: File exists"),
+    ("--questions LICENSE --examples LICENSE --out no/x", "out no/x: No such file"),
+    ("--questions {0} --examples {0} --out x --budget 2", "budget must be in \\(0, 1\\], not 2.0"),
+])  # fmt: skip
+def test_a_mistake_is_one_clear_line(capsys, monkeypatch, tmp_path, options, message):
+    """Before the weights are read, and without a file left behind."""
+    monkeypatch.chdir(TINY.parent)
+    monkeypatch.setattr(Llama, "from_checkpoint", None)
+    readme = (TINY.parent / "README.md").read_bytes()
+    pairs = []
+    for i, question in enumerate(("?", "Who? " * 9, "Who knows? " * 99)):
+        pairs.append({"question": question, "answer": f"#### {i}"})
+    write_jsonl(tmp_path / "pairs", pairs)
+    monkeypatch.setattr(longgen, "DRAWS", 100)
+    options = options.format(tmp_path / "pairs").split()
+    result = run_main(longgen.main, options, capsys)
+    refused_in_a_line(result, message.format(re.escape(str(tmp_path / "pairs"))))
+    assert not (TINY.parent / "x").exists()
+    assert (TINY.parent / "README.md").read_bytes() == readme

@@ -1,0 +1,225 @@
+"""Records what each decode step does to the first text, as a page to step through.
+
+    python sample.py --prompt FILE:LICENSE --min_tokens 64 --window 4 --trace run.html
+
+`watch` calls a function with the record of each decode step in each sparse layer, and `revisions`
+computes from it what the step changed of the past rows. `Recorder` writes both into viewer.html.
+Watching changes no result, but the decoder runs without a CUDA graph.
+
+Shapes as in retro_attention.py; R is the number of past rows, W-1 or fewer at the text's start.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from model import Decoder, Tokenizer
+from retro_attention import LayerCache, OpsWrapper, need, row_positions
+
+# --------------------------------------------------------------------------------------------------
+# One step in one layer
+
+
+@dataclass
+class PastRows:
+    """A copy of what a sparse layer holds of the window's past rows, oldest first."""
+
+    k: torch.Tensor  # (B, n_kv_head, R, hs) rotated
+    v: torch.Tensor  # (B, n_kv_head, R, hs)
+    out: torch.Tensor  # (B, R, n_head, hs) from the output cache
+    lse: torch.Tensor  # (B, R, n_head)
+
+
+@dataclass
+class Step:
+    """What one decode step did in one sparse layer."""
+
+    t: int  # position of the newest row; the past rows stand at t-R .. t-1
+    scores: torch.Tensor  # (B, n_kv_head, pages held)
+    pages: torch.Tensor  # (B, n_kv_head, S) int32: the pages loaded, ascending
+    loaded_before: torch.Tensor  # (B, n_kv_head, S) int32: the step that last loaded each of them
+    before: PastRows  # what the previous step left
+    after: PastRows  # with K and V overwritten and the supplementary outputs merged in
+
+
+def past_rows(cache: LayerCache, t: torch.Tensor) -> PastRows:
+    """Copies the past rows of the window that ends at t: indexing with a tensor copies."""
+    W = cache.config.window
+    rows = row_positions(t, W)[:-1]  # (W-1,)
+    rows = rows[rows >= 0]  # (R,)
+    slots = rows % W  # (R,)
+    k = cache.k.flatten(2, 3)[:, :, rows]  # (B, n_kv_head, R, hs)
+    v = cache.v.flatten(2, 3)[:, :, rows]  # (B, n_kv_head, R, hs)
+    return PastRows(k, v, cache.out[:, slots], cache.lse[:, slots])
+
+
+class Watcher(OpsWrapper):
+    """Calls look(step) with the `Step` of each decode step of a sparse layer."""
+
+    capturable = False  # a Step has the position on the host
+
+    def __init__(self, ops, look: Callable[[Step], None]):
+        super().__init__(ops)
+        self.look = look
+
+    def write(self, q, k, v, cos, sin, cache, t):
+        self.before = past_rows(cache, t)
+        return self.ops.write(q, k, v, cos, sin, cache, t)
+
+    def score(self, q, cache, t):
+        self.scores = self.ops.score(q, cache, t)
+        return self.scores
+
+    def attend(self, q, cache, pages, loaded_before, t):
+        self.pages = pages  # None in prefill, which is no step to look at
+        self.loaded_before = loaded_before
+        return self.ops.attend(q, cache, pages, loaded_before, t)
+
+    def combine(self, o, lse, cache, t):
+        rows = self.ops.combine(o, lse, cache, t)
+        if self.pages is not None:
+            position = int(t)
+            # The kernels' lists have unused places at their ends.
+            scores = self.scores[..., : cache.config.pages_held(position)]
+            S = cache.config.pages_selected(position)
+            pages = self.pages[..., :S]
+            loaded_before = self.loaded_before[..., :S]
+            after = past_rows(cache, t)
+            self.look(Step(position, scores, pages, loaded_before, self.before, after))
+        return rows
+
+
+def watch(decoder: Decoder, look: Callable[[int, Step], None]) -> None:
+    """Calls look(layer index, step) after each decode step in each sparse layer."""
+    for i, layer in enumerate(decoder.layers):
+        if not layer.dense:
+            layer.ops = Watcher(layer.ops, partial(look, i))
+
+
+# --------------------------------------------------------------------------------------------------
+# What a step revises                      paper: section 2.3 (exposure), section 2.4 (propagation)
+
+
+def moved(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """|new - old| / |old| over the last axis. From zero, it is 0 to zero and 1 to anything else."""
+    length = old.norm(dim=-1)
+    length = torch.where(length > 0, length, new.norm(dim=-1))
+    return (new - old).norm(dim=-1) / length.masked_fill(length == 0, 1)
+
+
+def revisions(step: Step, page_size: int) -> torch.Tensor:
+    """What a step changed of the past rows -> (5, B, n_kv_head, R) float64, on the CPU: pages that
+    are new to a row, the softmax mass that they add, and how far the row's output, key and value
+    moved, as a fraction of their length."""
+    n_kv_head, R = step.before.k.shape[1:3]
+
+    def by_head(x):  # (B, R, n_head, ...) -> (B, n_kv_head, R, G * ...)
+        return x.cpu().double().unflatten(2, (n_kv_head, -1)).flatten(3).transpose(1, 2)
+
+    pages = step.pages[:, :, None].cpu()  # (B, n_kv_head, 1, S)
+    loaded_before = step.loaded_before[:, :, None].cpu()  # (B, n_kv_head, 1, S)
+    rows = torch.arange(step.t - R, step.t)[:, None]  # (R, 1)
+    new = (pages * page_size <= rows) & (loaded_before < rows)  # (B, n_kv_head, R, S)
+    # Of the row's sum of exp, exp(lse after), it had exp(lse before). The sum only grows: what is
+    # below 0 is rounding.
+    kept = (by_head(step.before.lse) - by_head(step.after.lse)).exp()  # (B, n_kv_head, R, G)
+    mass = (1 - kept).clamp(min=0).mean(dim=-1)  # (B, n_kv_head, R)
+    output = moved(by_head(step.before.out), by_head(step.after.out))
+    key = moved(step.before.k.cpu().double(), step.after.k.cpu().double())
+    value = moved(step.before.v.cpu().double(), step.after.v.cpu().double())
+    return torch.stack((new.sum(dim=-1).double(), mass, output, key, value))
+
+
+# --------------------------------------------------------------------------------------------------
+# The page
+
+
+def check_path(path: str | Path) -> Path:
+    """The path of the page to write. Raises ValueError if it does not end in .html, its folder does
+    not exist, or it cannot be written. An existing file keeps its content."""
+    need(str(path).endswith(".html"), f"trace must be a file that ends in .html, not {str(path)!r}")
+    need(os.path.isdir(Path(path).parent), f"trace {path}: no such folder")
+    target = os.path.realpath(path)  # the file itself, not a link to it
+    exists = os.path.exists(target)
+    try:
+        open(target, "ab").close()
+        if not exists:
+            os.remove(target)
+    except OSError as error:
+        raise ValueError(f"trace {path}: {error.strerror}") from None
+    return Path(path)
+
+
+class Recorder:
+    """Records the decode steps of a decoder's first text in all sparse layers, and writes the page.
+
+    Make it before the first step. A prompt of the same length starts the record afresh.
+    """
+
+    max_steps = 200  # the page of tiny/ stays below 5 MB
+
+    def __init__(self, decoder: Decoder, tok: Tokenizer, prompt_len: int, path: str | Path):
+        """Raises ValueError if `path` is refused by `check_path`."""
+        self.layers = [i for i, layer in enumerate(decoder.layers) if not layer.dense]
+        self.path = check_path(path)
+        self.decoder = decoder
+        self.tok = tok
+        self.prompt_len = prompt_len
+        self.steps = {}  # position -> layer -> what `look` makes of each KV head
+        watch(decoder, self.look)
+
+    def look(self, i: int, step: Step) -> None:
+        if step.t >= self.prompt_len + self.max_steps:
+            return
+        if i == self.layers[0] and step.t == self.prompt_len:  # a text begins
+            self.steps.clear()
+        config = self.decoder.retro
+        first = config.first_window_page(step.t)
+        touched = slice(first, config.pages_held(step.t))  # the pages whose bounds are new
+        bounds = self.decoder.layers[i].cache.bounds[0, :, touched]  # (n_kv_head, pages, 2, hs)
+        width = bounds.cpu().double().diff(dim=2).mean(dim=(2, 3))  # (n_kv_head, pages)
+        revised = revisions(step, config.page_size)[:, 0]  # (5, n_kv_head, R)
+        heads = []
+        for h in range(len(width)):
+            names = ("new", "mass", "output", "k", "v")
+            head = {name: rounded(x) for name, x in zip(names, revised[:, h], strict=True)}
+            head["pages"] = step.pages[0, h].tolist()
+            head["scores"] = rounded(step.scores[0, h])
+            head["width"] = dict(enumerate(rounded(width[h]), first))
+            heads.append(head)
+        self.steps.setdefault(step.t, {})[i] = heads
+
+    def save(self) -> str:
+        """Writes the page and returns a line about it. An interrupted step is left out."""
+        n = len(self.layers)
+        steps = [{"t": t, "layers": step} for t, step in self.steps.items() if len(step) == n]
+        if not steps:
+            return f"--trace: nothing to write to {self.path}, there was no decode step"
+        retro = self.decoder.retro
+        ids = self.decoder.tokens[0, : steps[-1]["t"] + 1].tolist()
+        run = {
+            "window": retro.window,
+            "page_size": retro.page_size,
+            "budget": retro.budget,
+            "min_tokens": retro.min_tokens,
+            "prompt_len": self.prompt_len,
+            "layers": self.layers,
+            "tokens": [self.tok.decode([token]) for token in ids],
+            "steps": steps,
+        }
+        data = json.dumps(run, separators=(",", ":"), allow_nan=False)
+        data = data.replace("<", "\\u003c")  # so that no text of a model ends the script
+        template = Path(__file__).with_name("viewer.html").read_text(encoding="utf-8")
+        page = template.replace(">RUN<", f">{data}<").encode()
+        self.path.write_bytes(page)
+        return f"--trace: {len(steps)} steps written to {self.path}, {len(page) / 1e6:.3g} MB"
+
+
+def rounded(x: torch.Tensor) -> list[float]:
+    """The values with four digits, because all digits make the page ten times as large."""
+    return [float(f"{value:.4g}") for value in x.tolist()]
