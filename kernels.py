@@ -133,8 +133,8 @@ def write_kernel(
             for page in range(tl.maximum(t - W + 1, 0) // PS, t // PS + 1):
                 j = page * PS + tl.arange(0, PS)  # (PS,) positions
                 earlier = (j < t - W + 1)[:, None]  # (PS, 1)
-                place = first_page * PS * HS + j[:, None] * HS + i[None, :]  # (PS, HS)
-                keys = tl.load(cache_k + place, mask=earlier, other=0.0)  # (PS, HS)
+                key_place = first_page * PS * HS + j[:, None] * HS + i[None, :]  # (PS, HS)
+                keys = tl.load(cache_k + key_place, mask=earlier, other=0.0)  # (PS, HS)
                 here = real & (p // PS == page)[:, None]  # (ROWS, 1) rows in this page
                 low = tl.min(tl.where(earlier, keys, float("inf")).to(tl.float32), axis=0)
                 low_x = tl.min(tl.where(here, x, float("inf")).to(tl.float32), axis=0)
