@@ -1,8 +1,8 @@
 """The Triton twin of each step of RetroAttention: same names, signatures and order as in
 `retro_attention.py`.
 
-    1. write    grid (B, n_head + n_kv_head)       a program rotates the rows of one head; that of
-                                                   a KV head also stores and bounds them
+    1. write    grid (B, n_head + n_kv_head)       a program rotates the rows of one head; a KV
+                                                   head's also stores them and updates the bounds
     2. score    grid (B * n_kv_head, blocks of P)  a scan of the page bounds
     3. select   grid (B * n_kv_head,)              exact top-k in registers, and the exposure mask
     4. attend   grid (splits, B * n_kv_head)       flash attention of W * G rows over a share of the
@@ -11,12 +11,15 @@
 
 Then come rms_norm and swiglu, which a layer computes beside attention.
 
-For a reader new to Triton: a kernel runs once per *program* of its grid, on blocks of values whose
-sides are powers of two; `tl.program_id` tells the programs apart, and `tl.constexpr` arguments are
-compiled in. A tensor argument is a pointer to its first element, and a pointer plus a block of
-offsets is a block of addresses; where the mask is false, loads give `other` and stores do nothing.
-The tutorials "Fused Softmax" and "Fused Attention" explain the rest:
+For a reader new to Triton: `kernel[grid](arguments)` runs the kernel once per *program* of the
+grid, and `tl.program_id` tells the programs apart. They compute with blocks of values whose sides
+are powers of two. A tensor argument is a pointer to its first element, and a pointer plus a block
+of offsets is a block of addresses; where the mask is false, loads give `other` and stores do
+nothing. `tl.constexpr` arguments and `x is None` are resolved when the kernel is compiled. The
+tutorials "Fused Softmax" and "Fused Attention" explain the rest:
 https://triton-lang.org/main/getting-started/tutorials
+
+"in (B, W)" after a line marks flat indices into a tensor of that shape.
 
 Each function, e.g. `write`, checks, allocates and launches the kernel below it, `write_kernel`.
 `cache` is a LayerCache and CONFIG its RetroConfig. Grids and shapes depend on the size of the cache
@@ -42,8 +45,7 @@ capturable = True  # a CUDA graph can record these steps
 
 @triton.jit
 def finite(lse):
-    """The guard for empty sets of keys, as in `retro_attention.finite`: the weight
-    exp2(-inf - finite(-inf)) is 0 and not NaN."""
+    """`retro_attention.finite`: -inf, the lse of an empty set of keys, becomes 0."""
     return tl.where(lse == float("-inf"), 0.0, lse)
 
 
@@ -58,7 +60,8 @@ def write(q, k, v, cos, sin, cache, t: torch.Tensor) -> torch.Tensor:
     n_kv_head, P = cache.k.shape[1:3]
     for x in (cos, sin, cache.k, cache.v):
         assert x.is_contiguous(), "angles and cache must be contiguous"
-    # q, k and v may be slices of one product: rows of (B, W) lie `stride` elements apart.
+    # q, k and v may be slices of the output of wqkv: row b * W + w begins at its number * stride.
+    # (If W = 1, stride(1) is arbitrary.)
     strides = []
     for x in (q, k, v):
         stride = x.stride(1) if W > 1 else x.stride(0)
@@ -93,7 +96,8 @@ def write_kernel(
     Grid (B, n_head + n_kv_head): a program has one head and its W rows. Reads and writes
     B * W * (n_head + 2 n_kv_head) * hs * e bytes each way. Each program reads the angles,
     W * hs * 4 bytes, which the L2 cache holds. For the bounds, reads the keys before the window in
-    its first page, heads * ((t-W+1) % ps) * hs * e, and writes heads * touched pages * 2 * hs * e.
+    its first page, heads * (max(0, t-W+1) % ps) * hs * e, and writes
+    heads * touched pages * 2 * hs * e.
     """
     W: tl.constexpr = CONFIG.window
     PS: tl.constexpr = CONFIG.page_size
@@ -127,8 +131,8 @@ def write_kernel(
         tl.store(cache_k + place, x, mask=real)
         tl.store(cache_v + place, value, mask=real)
 
-        # The window's keys are in registers. Only the page's earlier keys are read, which this
-        # kernel doesn't write: no barrier is needed.
+        # The window's keys are in registers. Only the page's earlier keys are read. This kernel
+        # does not write them, so no barrier is needed.
         if bounds is not None:
             for page in range(tl.maximum(t - W + 1, 0) // PS, t // PS + 1):
                 j = page * PS + tl.arange(0, PS)  # (PS,) positions
@@ -156,7 +160,7 @@ def score(q: torch.Tensor, cache, t: torch.Tensor) -> torch.Tensor:
     assert q.is_contiguous(), "q must be contiguous"
     n_kv_head, P = cache.k.shape[1:3]
     scores = torch.empty(B, n_kv_head, P, device=q.device, dtype=torch.float32)
-    PAGES = 32  # small blocks: even at batch 1 they must keep every multiprocessor reading
+    PAGES = 32  # small blocks, so that every multiprocessor reads even at batch 1
     score_kernel[(B * n_kv_head, triton.cdiv(P, PAGES))](
         q, cache.bounds, scores, t, P, n_kv_head,
         CONFIG=cache.config, G=n_head // n_kv_head, HS=hs, PAGES=PAGES,
@@ -206,7 +210,8 @@ def first_window_page(t, CONFIG: tl.constexpr):
 
 @triton.jit
 def pages_selected(t, CONFIG: tl.constexpr):
-    """`RetroConfig.pages_selected` on the device; t in 64 bits."""
+    """`RetroConfig.pages_selected` on the device; t is int64, because millionths * held overflows
+    32 bits."""
     held = t // CONFIG.page_size + 1
     allowed = (CONFIG.millionths * held + 999_999) // 1_000_000
     older = held - 1 - first_window_page(t, CONFIG)
@@ -214,7 +219,7 @@ def pages_selected(t, CONFIG: tl.constexpr):
 
 
 def select(scores: torch.Tensor, cache, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top pages, and when each was last loaded before this step: two of
+    """The top pages, and when each was last loaded before this step, both
     (B, n_kv_head, MAX_PAGES) int32, of which only the first `pages_selected(t)` are written.
     Records the load in cache.last_loaded. Scores may be infinite or NaN here."""
     B, n_kv_head, P = scores.shape
@@ -224,7 +229,8 @@ def select(scores: torch.Tensor, cache, t: torch.Tensor) -> tuple[torch.Tensor, 
     N = triton.next_power_of_2(P)
     select_kernel[(B * n_kv_head,)](
         scores, cache.last_loaded, pages, loaded_before, t, P, MAX_PAGES,
-        CONFIG=cache.config, N=N, num_warps=min(32, max(4, N // 512)),  # 16 pages per thread
+        CONFIG=cache.config, N=N,
+        num_warps=min(32, max(4, N // 512)),  # 16 pages per thread, for N from 2,048 to 16,384
     )  # fmt: skip
     return pages, loaded_before
 
@@ -247,12 +253,18 @@ def select_kernel(
         rank     40   30   50   40   10   99     integers in the order of the scores (32-bit numbers
                                                  in the kernel, small ones here)
 
-    At least 3 ranks reach low = 10, fewer reach high = 51. The middle, 30, is reached by 5 ranks:
-    low = 30. Then 40 is reached by 4: low = 40. Then 45 is reached by 2: high = 45; and 42 and 41
-    as well: high = 41, and the search ends. Four ranks reach 40, one too many, and no threshold can
-    separate the two that are equal. 2 ranks reach 41, so one of the two fits: page 0, the lower.
-    Pages 0, 2 and 5 are chosen. A page's slot in the list is the number of chosen pages before it:
-    0, 1, 2.
+    The search keeps a threshold `low` that at least `count` ranks reach (a rank reaches x if it is
+    >= x), and a threshold `high` that fewer reach:
+
+        low  high  middle  reached by
+         10    51      30           5   low = 30
+         30    51      40           4   low = 40
+         40    51      45           2   high = 45
+         40    45      42           2   high = 42
+         40    42      41           2   high = 41: the end
+
+    Four ranks reach 40, one too many, and no threshold can separate the two that are equal. Two
+    ranks reach 41, so one of the equal pages fits: page 0, the lower. Pages 0, 2 and 5 are chosen.
     """
     PS: tl.constexpr = CONFIG.page_size
     bh = tl.program_id(0).to(tl.int64)
@@ -265,15 +277,16 @@ def select_kernel(
     before = tl.load(last_loaded + bh * P + page, mask=page < held, other=0)  # (N,)
     x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
     x = tl.where(x == x, x, float("inf"))  # a NaN score, e.g. of an infinite key, ranks first
-    # Read as integers, the bits of positive floats rise with the float, those of negative floats
-    # fall. -0.0 counts as 0.0.
+    # As integers, the bits of positive floats rise with the float, those of negative floats fall.
+    # So set the top bit of a positive float, and invert all bits of a negative one. -0.0 counts as
+    # 0.0, and a page that is not held ranks 0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     rank = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # (N,)
     rank = tl.where(page < first, rank, tl.where(page < held, 0xFFFFFFFF, 0)).to(tl.uint32)
 
-    # Bisection. `reach_low` ranks are >= low, at least `count`. `reach_high` ranks are >= high,
-    # fewer than `count` (or equal, if only the window's pages are chosen). It ends when exactly
-    # `count` ranks reach low, or when only equal ranks are left.
+    # Bisection. `reach_low` ranks reach low, at least `count`. `reach_high` ranks reach high, at
+    # most `count`: fewer, unless only the window's pages are chosen. It ends when exactly `count`
+    # ranks reach low, or when only equal ranks are left.
     low = tl.min(tl.where(page < held, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
     high = tl.max(tl.where(page < first, rank, 0).to(tl.uint32), axis=0) + 1
     reach_low = held
@@ -293,16 +306,17 @@ def select_kernel(
         room = count - reach_high
         chosen = (rank > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
 
-    # A page's slot is the number of chosen pages before it: in its own row of LANES pages, plus in
-    # the rows above. One cumsum over all N would pass partial sums through every thread.
+    # A page's place in the list is the number of chosen pages before it: those in its own group of
+    # LANES pages, plus those in earlier groups. One cumsum over all N would pass partial sums
+    # through every thread.
     LANES: tl.constexpr = 32 if N >= 32 else N
     lanes = chosen.to(tl.int32).reshape(N // LANES, LANES)
-    in_row = tl.sum(lanes, axis=1)  # (N / LANES,)
-    in_rows_above = tl.cumsum(in_row, axis=0) - in_row  # (N / LANES,)
-    slot = (tl.cumsum(lanes, axis=1) - 1 + in_rows_above[:, None]).reshape(N)
+    in_group = tl.sum(lanes, axis=1)  # (N / LANES,)
+    in_earlier_groups = tl.cumsum(in_group, axis=0) - in_group  # (N / LANES,)
+    place = (tl.cumsum(lanes, axis=1) - 1 + in_earlier_groups[:, None]).reshape(N)
 
-    tl.store(pages + bh * MAX_PAGES + slot, page, mask=chosen)
-    tl.store(loaded_before + bh * MAX_PAGES + slot, before, mask=chosen)
+    tl.store(pages + bh * MAX_PAGES + place, page, mask=chosen)
+    tl.store(loaded_before + bh * MAX_PAGES + place, before, mask=chosen)
     tl.store(last_loaded + bh * P + page, t, mask=chosen)
 
 
@@ -329,7 +343,8 @@ def attend(
     # A tile of keys is what a program has in flight. In float32, a larger one does not fit the
     # registers.
     KEYS = 128 if q.element_size() == 2 else 32
-    # About two programs per multiprocessor, but none with less than a tile of keys to read.
+    # About two programs per multiprocessor (an H100 has 132), but no more than there are tiles of
+    # keys in a full list, and at most 64, because `combine` holds all parts of a row in registers.
     programs = 256 if q.is_cuda else 3  # in the interpreter, enough to have parts to merge
     splits = max(1, min(programs // (B * n_kv_head), triton.cdiv(MAX_PAGES * ps, KEYS), 64))
     o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
@@ -348,7 +363,7 @@ def attend_kernel(
     CONFIG: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, HS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q . K / sqrt(hs)) V and its lse, for the row at p over the keys at j <= p in
-    pages with loaded_before < p
+    pages that are new to it, loaded_before < p
 
     Grid (splits, B * n_kv_head): a program has all W * G rows of a KV head and a share of its
     pages. Reads each selected page once, heads * count * ps * 2 * hs * e bytes with
@@ -383,27 +398,27 @@ def attend_kernel(
     norm = tl.zeros([ROWS], dtype=tl.float32)  # running sum of exp2(score - top)
     acc = tl.zeros([ROWS, HS], dtype=tl.float32)  # running sum of exp2(score - top) * v
     for first in range(start * PS, end * PS, KEYS):
-        slot = (first + n) // PS  # (KEYS,) places in the list
+        place = (first + n) // PS  # (KEYS,) in the list
         if pages is None:
-            page = slot
+            page = place
             before = tl.full([KEYS], -1, dtype=tl.int32)
         else:
-            list_place = bh * MAX_PAGES + slot
-            page = tl.load(pages + list_place, mask=slot < end, other=0)  # (KEYS,)
-            before = tl.load(loaded_before + list_place, mask=slot < end, other=0)  # (KEYS,)
+            entry = bh * MAX_PAGES + place
+            page = tl.load(pages + entry, mask=place < end, other=0)  # (KEYS,)
+            before = tl.load(loaded_before + entry, mask=place < end, other=0)  # (KEYS,)
         j = page * PS + (first + n) % PS  # (KEYS,) positions of the keys
-        written = (slot < end) & (j <= t)  # (KEYS,)
+        in_text = (place < end) & (j <= t)  # (KEYS,)
         tile = j[:, None] * HS + i[None, :]  # (KEYS, HS)
-        keys = tl.load(head_k + tile, mask=written[:, None], other=0.0)  # (KEYS, HS)
+        keys = tl.load(head_k + tile, mask=in_text[:, None], other=0.0)  # (KEYS, HS)
         scores = tl.dot(queries, keys.T, input_precision="ieee") * (scale * LOG2E)  # (ROWS, KEYS)
-        causal = written[None, :] & (j[None, :] <= p[:, None])  # (ROWS, KEYS)
+        causal = in_text[None, :] & (j[None, :] <= p[:, None])  # (ROWS, KEYS)
         new = before[None, :] < p[:, None]  # (ROWS, KEYS)
         scores = tl.where(causal & new, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))  # (ROWS,)
         weight = tl.exp2(scores - finite(new_top)[:, None])  # (ROWS, KEYS)
         rescale = tl.exp2(top - finite(new_top))  # (ROWS,)
         norm = norm * rescale + tl.sum(weight, axis=1)
-        values = tl.load(head_v + tile, mask=written[:, None], other=0.0)  # (KEYS, HS)
+        values = tl.load(head_v + tile, mask=in_text[:, None], other=0.0)  # (KEYS, HS)
         weighted = tl.dot(weight.to(values.dtype), values, input_precision="ieee")  # (ROWS, HS)
         acc = acc * rescale[:, None] + weighted
         top = new_top
@@ -428,8 +443,9 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache, t: torch.Tensor) -> torch
     combine_kernel[(B * W * n_head,)](
         o, lse, cache.out, cache.lse, merged, t, splits, n_head,
         W=W, SPLITS=triton.next_power_of_2(splits), HS=hs, num_warps=max(1, splits // 32),
-        # After a reduction every thread holds and stores a copy of the result. Fused multiply-adds
-        # would make the copies differ in their last bits.
+        # After a reduction every thread holds a copy of the result, and several store theirs to one
+        # address. Fused multiply-adds would make the copies differ in their last bits, and any of
+        # them could win.
         enable_fp_fusion=False,
     )  # fmt: skip
     return merged
@@ -483,9 +499,8 @@ def combine_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Beside attention. PyTorch's own functions would make a W=2 step 2.8 to 3.7 % (RMSNorm) and 2.0 to
-# 2.6 % slower (SwiGLU, whose two halves are not contiguous). Measured on one H100 in the shape of
-# Llama-3.1-8B at 32k x 1, 128k x 1 and 32k x 8.
+# Beside attention. With PyTorch's own functions a W=2 step would be 2.8 to 3.7 % (RMSNorm) and 2.0
+# to 2.6 % slower (SwiGLU, whose two halves are not contiguous).
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

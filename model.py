@@ -50,7 +50,7 @@ class LlamaConfig:
     max_seq_len: int  # the context, in tokens
     norm_eps: float = 1e-5
     rope_theta: float = 500_000.0
-    rope_scaling: float | None = None  # Llama 3.1's factor (8; in 3.2, 32), None before it
+    rope_scaling: float | None = None  # 8 in Llama 3.1, 32 in 3.2, None in 3
     tie_embeddings: bool = False  # the output head is the embedding table
     head_size: int | None = None  # dim / n_head if None
     qkv_bias: bool = False  # Qwen 2 and 2.5
@@ -249,8 +249,9 @@ class Llama(nn.Module):
         """Continues (B, T) ids by up to `max_new_tokens` -> (B, T + n). `retro=None` attends
         densely, temperature 0 is greedy. Same seed, same text.
 
-        n is smaller if the context ends or every sequence has reached a stop token; one that ends
-        early is padded with `stop_tokens[0]`. Raises ValueError if a value is out of range.
+        n is `max_new_tokens`, or less if the context ends or every sequence has reached a stop
+        token; one that ends early is padded with `stop_tokens[0]`. Raises ValueError if a value is
+        out of range.
         """
         B, T = check_ids(idx)
         context = self.config.max_seq_len
@@ -310,7 +311,7 @@ class Llama(nn.Module):
         """Loads Meta's format (`params.json`, `consolidated.00.pth`) or, with extras/, Hugging
         Face's (`config.json`, `*.safetensors`). `max_seq_len` replaces the checkpoint's context.
 
-        Raises ValueError if a file is missing or broken, or asks for what is not supported.
+        Raises ValueError if a file is missing or broken, or the model needs what is not supported.
         """
         is_dtype = isinstance(dtype, torch.dtype)
         need(is_dtype, f"dtype must be a torch.dtype such as torch.float32, not {dtype!r}")
@@ -327,8 +328,8 @@ class Llama(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "Llama":
-        """A model with these weights, under Meta's names. It empties `weights`: a memory map is
-        freed with its last tensor.
+        """A model with these weights, under Meta's names. Empties `weights`, because a memory map
+        is freed with its last tensor.
 
         Raises ValueError if a tensor is missing, unknown, misshapen or not floating-point.
         """
@@ -351,7 +352,7 @@ class Llama(nn.Module):
 
 
 def check_ids(idx: torch.Tensor) -> torch.Size:
-    """The shape (B, T) of ids. Raises ValueError if they are something else."""
+    """The shape (B, T) of ids. Raises ValueError unless they are an integer tensor of 2 dims."""
     what = type(idx).__name__
     fits = False
     if isinstance(idx, torch.Tensor):
@@ -422,7 +423,8 @@ class Decoder:
             for i in range(config.n_layer)
         ]
         device = weight.device
-        self.tokens = torch.zeros(batch_size, n, dtype=torch.long, device=device)  # (B, T)
+        # (B, max_seq_len)
+        self.tokens = torch.zeros(batch_size, n, dtype=torch.long, device=device)
         self.t = torch.full((), -1, dtype=torch.long, device=device)  # the newest token's position
         self.position = -1  # the same number on the host
         # On a GPU a step is hundreds of short kernels. A CUDA graph launches them at once. Its
@@ -436,7 +438,7 @@ class Decoder:
     def prefill(self, idx: torch.Tensor) -> torch.Tensor:
         """(B, T) prompt -> (B, vocab) logits of the next token.
 
-        Raises ValueError if the prompt is empty, too long, or has another number of texts.
+        Raises ValueError if the prompt is empty, too long, or its batch size is not the decoder's.
         """
         T = check_ids(idx)[1]
         B = len(self.tokens)
@@ -451,7 +453,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        """(B,) the token that follows the newest -> (B, vocab) logits of the one after it.
+        """Appends one token per text, (B,), and returns the next token's logits (B, vocab).
 
         Raises IndexError past the end of the cache.
         """
@@ -476,7 +478,8 @@ class Decoder:
         return logits
 
     def _step(self) -> torch.Tensor:
-        """With the kernels, nothing in here waits for the device, and no shape depends on t."""
+        """Runs one step on `self.token`. With the kernels, nothing in here waits for the device,
+        and no shape depends on t."""
         self.t += 1
         self.tokens.index_copy_(1, self.t.view(1), self.token[:, None])
         # Rows before the start of the text may have any id.
@@ -519,8 +522,8 @@ class Decoder:
 
 
 def check_finite(logits: torch.Tensor) -> None:
-    """Raises ValueError if not: sampling would be meaningless, and on a GPU it would abort without
-    a clear message."""
+    """Raises ValueError unless all logits are finite: sampling from others would be meaningless,
+    and on a GPU it would abort without a clear message."""
     reason = f"its weights are broken, or too large for {logits.dtype}"
     need(logits.isfinite().all(), f"the model's logits are not finite: {reason}")
 

@@ -17,31 +17,32 @@ each layer does this:
 
 The functions of the same names below are these steps, and `RetroAttention` calls them in this
 order. `kernels.py` holds a Triton twin of each, with the same signature. W=1 is Quest. A dense
-layer does 1, 4 over all pages, and 5 without a cache.
+layer does 1, 4 over all pages, and 5 without the output cache.
 
-The past rows start each step from their token ids again. No residual stream is stored, and a
-correction in one layer changes a row's input to every layer above. Only a new pass through all
-layers revises the row's keys and values there.
+Each step starts from the past rows' token ids again, so no residual stream is stored. A correction
+in one layer changes the row's input to every layer above, where the new pass computes the row's
+keys and values again.
 
 `last_loaded` is the paper's exposure mask A (section 2.3), stored as a time: for each KV head and
 page, the position t of the step that last loaded the page. It tells which rows have seen the page.
 The row at position p took part in every step from p on, and saw each page that those steps loaded.
 So at step t it has seen a page exactly if one of the loads lies in p .. t-1. Until `select` records
-this step's load, the latest load is at most t-1, so the condition is last_loaded >= p. The page is
-new to the row exactly if last_loaded < p. One number per page serves all rows. (This needs t to
-rise by exactly one from step to step.)
+this step's load, no load is later than t-1, so the page is new to the row exactly if
+last_loaded < p. One number per page serves all rows. (This needs t to rise by exactly one from step
+to step.)
 
     An example: step 646 loads page 3, which step 643 loaded last. The rows of a window of four
     are 643 .. 646. Row 643 saw the page at its own step: 643 < 643 is false. Rows 644 and 645
     came later: 643 < 644, the page is new to them. Step 646 now sets last_loaded to 646. If step
     647 loads the page again, it is new to no past row: 646 is not less than 644, 645 or 646.
 
-Shapes: B batch, W window rows (newest last), P pages that the cache has room for (the first
-t // ps + 1 are *held*, they have tokens), ps page size, S selected pages, n_head query heads,
-n_kv_head KV heads, G = n_head / n_kv_head, hs head size. `t` is the position of the newest row, a
-0-dim int64 tensor on the cache's device (an int in `put_rows` and in the methods of `RetroConfig`).
-Row w stands at position p = t-W+1+w; j is the position of a key. Rows before the start of the text
-(negative positions) write nothing and see nothing, and their output is zero.
+Shapes: B batch, W window rows (the paper's w; newest last), P pages that the cache has room for
+(the first t // ps + 1 are *held*, they have tokens), ps page size, S number of selected pages (the
+paper's k), n_head query heads, n_kv_head KV heads, G = n_head / n_kv_head, hs head size. `t` is the
+position of the newest row, a 0-dim int64 tensor on the cache's device (an int in `put_rows` and in
+the methods of `RetroConfig`). Row w stands at position p = t-W+1+w; j is the position of a key.
+Rows before the start of the text (negative positions) write nothing and see nothing, and their
+output is zero.
 """
 
 import importlib.util
@@ -70,8 +71,8 @@ class RetroConfig:
     budget: float = 0.15  # fraction of the held pages that a step loads, in (0, 1] ...
     min_tokens: int = 256  # ... but at least this many tokens' worth of pages
     window: int = 2  # rows of a step, the new one included: the paper's w; 1 is Quest
-    dense_layers: int = 2  # first layers that attend to all pages: theirs is too spread out
-    impl: str = "auto"  # torch, triton, or auto: Triton on a GPU if it supports the shape
+    dense_layers: int = 2  # first layers that attend to all pages, as their attention is spread out
+    impl: str = "auto"  # torch, triton, or auto: Triton on a GPU if it can run there
 
     def __post_init__(self):
         limits = {
@@ -111,14 +112,14 @@ class RetroConfig:
 
     def first_window_page(self, t: int) -> int:
         """The first page that the window t-W+1 .. t touches. It and all later pages are always
-        loaded (our choice: the paper leaves it open), for two reasons. Their keys are being
-        rewritten. And a past row's pages must not depend on the key of a later token; older pages
-        hold no such key."""
+        loaded (our choice; the paper leaves it open). First, their keys are being rewritten.
+        Second, they may hold keys of tokens later than a past row, and such a key must not decide
+        what the row sees. Older pages hold no such key."""
         return max(0, t - self.window + 1) // self.page_size
 
     def pages_selected(self, t: int) -> int:
         """Pages that a KV head loads at position t: what is allowed, plus the window's pages before
-        the newest, so that these displace no other page; at most all pages held."""
+        the last page, so that these displace no other page; at most all pages held."""
         held = self.pages_held(t)
         older = held - 1 - self.first_window_page(t)
         return min(held, self.pages_allowed(held) + older)
@@ -141,7 +142,8 @@ class LayerCache:
     v: torch.Tensor  # (B, n_kv_head, P, ps, hs)
     bounds: torch.Tensor | None = None  # (B, n_kv_head, P, 2, hs) minimum, maximum of a page's keys
     last_loaded: torch.Tensor | None = None  # (B, n_kv_head, P) int32: mask A; -1: never loaded
-    # The output cache. The row at position p has slot p % W.
+    # The output cache. The row at position p has slot p % W, so no row ever moves. The paper keeps
+    # W-1 rows; the slot of the row that the next step pops makes W.
     out: torch.Tensor | None = None  # (B, W, n_head, hs) outputs of the window's rows
     lse: torch.Tensor | None = None  # (B, W, n_head) natural log-sum-exp over the keys seen
 
@@ -187,8 +189,8 @@ def row_positions(t: torch.Tensor, W: int) -> torch.Tensor:
 
 
 def finite(lse: torch.Tensor) -> torch.Tensor:
-    """The guard for empty sets of keys, whose lse is -inf: with -inf replaced by 0, the weight
-    exp(-inf - finite(lse)) is 0, where exp(-inf + inf) would be NaN."""
+    """Replaces -inf, the lse of an empty set of keys, by 0, because exp(-inf - 0) is 0, but
+    exp(-inf - -inf) is NaN."""
     return lse.masked_fill(lse == -torch.inf, 0)
 
 
@@ -229,8 +231,8 @@ def put_rows(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> Non
     cache.k.flatten(2, 3)[:, :, first : t + 1] = k.transpose(1, 2)
     cache.v.flatten(2, 3)[:, :, first : t + 1] = v.transpose(1, 2)
     if cache.bounds is not None:
-        # From all keys of a page. A running minimum would stay a bound, but not a tight one: it
-        # cannot rise when the key that set it is overwritten. (The paper leaves this open.)
+        # From all keys of a page. A running minimum would stay a bound, but not a tight one,
+        # because it cannot rise when its key is overwritten. (Our choice.)
         pages = slice(first // ps, t // ps + 1)
         keys = cache.k[:, :, pages]  # (B, n_kv_head, pages, ps, hs)
         j = torch.arange(pages.start * ps, pages.stop * ps, device=k.device).view(-1, ps, 1)
@@ -246,7 +248,7 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     """Quest's bound sum_i max(q_i * min_i, q_i * max_i) of the newest row for each page, summed
     over the query heads g of a KV head.
 
-    A head's own bound is never below its largest q.k in the page; the sum only ranks the pages.
+    A head's own bound is never below its largest q.k in the page; the sum (our choice) only ranks.
     The sum over the group moves inside, because for a <= b
 
         sum_g max(q_g a, q_g b) = a sum_g min(q_g, 0) + b sum_g max(q_g, 0)
@@ -258,8 +260,8 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     held = cache.config.pages_held(int(t))
     acc = accumulator(q.dtype)
     newest = q[:, -1].unflatten(1, (cache.k.shape[1], -1)).to(acc)  # (B, n_kv_head, G, hs)
-    negative = newest.clamp(max=0).sum(dim=2)  # (B, n_kv_head, hs) meets the minima
-    positive = newest.clamp(min=0).sum(dim=2)  # (B, n_kv_head, hs) meets the maxima
+    negative = newest.clamp(max=0).sum(dim=2)  # (B, n_kv_head, hs) multiplies minima
+    positive = newest.clamp(min=0).sum(dim=2)  # (B, n_kv_head, hs) multiplies maxima
     weights = torch.cat((negative, positive), dim=-1)  # (B, n_kv_head, 2 * hs)
     bounds = cache.bounds[:, :, :held].to(acc).flatten(3)  # (B, n_kv_head, pages held, 2 * hs)
     return (bounds @ weights[..., None]).squeeze(-1)
@@ -309,7 +311,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of all rows over the loaded pages. The row at p sees the key at j if
 
-        j <= p               it is causal, also inside a page that a past row sees late
+        j <= p               it is causal, also inside a page that a past row sees late (our choice)
         loaded_before < p    the row has not seen the page yet (proof at the top of this file)
 
     For the newest row, p = t, the second condition always holds. So one rule gives the original
@@ -341,7 +343,7 @@ def attend(
     new = loaded_before[:, :, None, :, None] < p  # (B, n_kv_head, W, S, 1)
     visible = (causal & new).flatten(3)[..., None, :]  # (B, n_kv_head, W, 1, S * ps)
 
-    # What lies after t was never written and may be NaN, which a weight of 0 would not remove.
+    # What lies after t is not part of the text, and may be NaN: a weight of 0 would keep that.
     v = v.masked_fill((j > t)[..., None], 0).flatten(2, 3).to(acc)  # (B, n_kv_head, S * ps, hs)
     k = k.flatten(2, 3).to(acc)  # (B, n_kv_head, S * ps, hs)
     # The W * G rows that share a KV head form one matrix.
@@ -376,12 +378,11 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
     """Merges the parts o (N, B, W, n_head, hs), lse (N, B, W, n_head) with each other and with the
     output cache, in place. Returns the rows (B, W, n_head, hs) in the model's dtype.
 
-    In the first sparse layer a row's query is the same at every step, so the result is exact
+    In the first sparse layer a row's q, k and v are the same at every step, so the result is exact
     attention over the union of the pages that the row has seen. In the layers above, a supplement
-    has the row's corrected query and is merged with outputs of its older queries: each part is
-    attention over its own keys with the best query known at its step.
-
-    The row at position p keeps slot p % W, so no row ever moves.
+    uses the row's corrected query (our choice), and the cached output keeps what older queries saw.
+    The merge is allowed because each part is attention over its own keys: it weighs every part by
+    its own sum of exp.
     """
     if cache.out is None:
         return merge_by_lse(o, lse)[0].to(cache.k.dtype)
@@ -510,7 +511,7 @@ def implementation(
     impl: str, device: torch.device, dtype: torch.dtype, head_size: int, query_rows: int
 ):
     """The module whose `write` ... `combine` run: this one, or kernels.py. "auto" chooses Triton on
-    a GPU if it supports the shape. `query_rows` is W * G.
+    a GPU if it can run there. `query_rows` is W * G.
 
     Raises ValueError if Triton is requested but cannot run correctly.
     """

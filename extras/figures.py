@@ -298,7 +298,7 @@ def picture_options(add: Callable) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
-    parser = sample.Parser(description=__doc__, formatter_class=form)
+    parser = sample.Parser(prog="extras.figures", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     bench.add_command(commands, exposure, exposure_options)
     bench.add_command(commands, picture, picture_options, device="cpu")
@@ -306,7 +306,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return sample.exit_code("figures.py", lambda: bench.measure(parse_args(argv)))
+    return sample.exit_code("extras.figures", lambda: bench.measure(parse_args(argv)))
 
 
 if __name__ == "__main__":

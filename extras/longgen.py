@@ -221,12 +221,12 @@ def check_new(path: str) -> None:
 
 
 def longgen(args: argparse.Namespace) -> dict:
-    """Asks all methods, writes each answer to a file, prints tables and returns all numbers."""
+    """Asks the questions with each method, and counts the right answers."""
     check_new(args.out)
     retro = sample.retro_config(args, window=1)
-    config, tok, device, dtype = sample.load(args)
+    config, weights, tok, device, dtype = sample.load(args)
     prompts, results = make_prompts(args, config.max_seq_len, tok)
-    model = Llama.from_checkpoint(args.checkpoint, device=device, dtype=dtype)
+    model = Llama.from_weights(config, weights, device, dtype)
     found = {}  # name -> index of the prompt -> record
     with open(args.out, "x", encoding="utf-8", newline="\n") as file:
         for name, method in bench.methods(retro, args.windows, args.control).items():
@@ -287,14 +287,14 @@ def add_options(add: Callable) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     form = argparse.ArgumentDefaultsHelpFormatter
-    parser = sample.Parser(description=longgen.__doc__, formatter_class=form)
+    parser = sample.Parser(prog="extras.longgen", description=longgen.__doc__, formatter_class=form)
     parser.set_defaults(run=longgen, command="longgen")
     add_options(parser.add_argument)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return sample.exit_code("longgen.py", lambda: bench.measure(parse_args(argv)))
+    return sample.exit_code("extras.longgen", lambda: bench.measure(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ same bits on all ranks, so one seed gives one text.
 """
 
 import argparse
+import gc
 import inspect
 import io
 import os
@@ -167,6 +168,7 @@ def main(args: list[str]) -> int:
     except SystemExit as end:
         if end.code:
             raise  # torchrun ends the other processes
+    gc.collect()  # NCCL waits for the script's CUDA graphs to be freed
     dist.destroy_process_group()  # else NCCL complains
     return 0
 

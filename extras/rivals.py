@@ -1,4 +1,4 @@
-"""Measures rivals and ablations on the table of bench.py quality: python -m extras.rivals
+"""Measures rivals and ablations in the table of bench.py quality: python -m extras.rivals
 
 A rival is another way to decode, written to be read beside its paper. An ablation is RetroAttention
 with one of its steps replaced, which shows what that step is worth. Options, tables and the JSON
@@ -321,7 +321,7 @@ def methods(
             found["Quest one choice"] = Method(quest, make)
         for w in windows:
             found[f"W={w} {name}"] = Method(replace(retro, window=w), make)
-    # The kernels know no sets of tokens, and not so many rows as ReSA's dense pass has.
+    # The kernels read no sets of tokens, and not as many rows at once as ReSA's dense pass has.
     quest = replace(quest, impl="torch")
     return found | {name: Method(quest, *RIVALS[name]) for name in rivals}
 

@@ -295,7 +295,8 @@ def test_chat_templates(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     tok = Tokenizer.from_checkpoint(tmp_path)
     assert tok.decode(tok.chat(said)) == (
-        "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nthe?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nthe?<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
     assert tok.encode("<|im_end|>", special=True)[0] in tok.stop_tokens
 
