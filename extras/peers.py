@@ -107,8 +107,8 @@ def kernels(args: argparse.Namespace) -> dict:
             fixed = {"context": context, "batch": B, "window": retro.window, "budget": retro.budget}
             rows[name] = fixed | {"bytes": nbytes} | row
     columns = ("attend", "combine", "FlashInfer selected", *bench.DENSE, "FlashInfer all")
-    title = """Microseconds per layer. Selected pages: our attend and combine (W rows), FlashInfer (1 row).
-All pages, 1 row: SDPA with flash and cuDNN, our attend, FlashInfer."""
+    title = """Microseconds per layer. Selected pages: attend, combine (W rows), FlashInfer (1 row).
+All pages, 1 row: SDPA with flash and cuDNN, our attend (ours), FlashInfer."""
     bench.table(title, rows, dict.fromkeys(columns, ".1f"))
     version = flashinfer.__version__
     return {"memory_rate": rates, "flashinfer": version, "rows": list(rows.values())}

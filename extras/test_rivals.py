@@ -332,7 +332,7 @@ def table(capsys, monkeypatch):
     """Runs the command with a random model: its text, and the JSON of its last line."""
     monkeypatch.setattr(rivals, "REFRESH", 8)
     monkeypatch.setattr(bench, "load_model", lambda args: (random_model(), SimpleNamespace(bos=0)))
-    small = "--passages 2 --prefix 50 --length 18 --page_size 8 --min_tokens 16 --device cpu"
+    small = "--passages 2 --prefix 40 --length 10 --page_size 8 --min_tokens 16 --device cpu"
     ablations = ["--ablations", *rivals.ABLATIONS]
 
     def run(options):
