@@ -120,25 +120,13 @@ def not_looking_back(model: Llama, B: int, retro: RetroConfig, length: int) -> D
     return wrap(counting(model, B, retro, length), NotLookingBack)
 
 
-def kv_share(retro: RetroConfig | None, n_layer: int, steps: range) -> float:
-    """KV bytes that the decode steps at these positions read in all layers, divided by those of
-    full attention."""
-    if retro is None or not steps:
-        return 1.0
-    held = sum(map(retro.pages_held, steps))
-    # A page's bounds are as large as one token, a key and a value.
-    loaded = sum(map(retro.pages_selected, steps)) + held / retro.page_size
-    dense = retro.dense_layers
-    return (dense * held + (n_layer - dense) * loaded) / (n_layer * held)
-
-
 @dataclass
 class Method:
     """A row of the table: how to decode, and which part of the KV bytes that reads."""
 
     retro: RetroConfig | None  # None is full attention
     make: Callable[..., Decoder] = counting  # (model, B, retro, length) -> Decoder
-    kv_share: Callable[..., float] = kv_share  # (retro, n_layer, steps) -> share
+    kv_share: Callable[..., float] = sample.kv_share  # (retro, n_layer, steps) -> share
 
 
 def methods(retro: RetroConfig, windows: Iterable[int], control: bool = False) -> dict[str, Method]:
@@ -166,6 +154,8 @@ def load_model(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
 def passages(args: argparse.Namespace, model: Llama, tok: Tokenizer) -> torch.Tensor:
     """(B, prefix + length + 1) ids: passages of the text that do not overlap, evenly spread, each
     after begin_of_text. Without --text, texts that the checkpoint writes with full attention."""
+    fits = args.decoded < args.prefix
+    need(fits, f"decoded must be between 0 and prefix - 1 = {args.prefix - 1}, not {args.decoded}")
     B = args.passages
     T = args.prefix + args.length + 1
     most = model.config.max_seq_len - 1
@@ -257,8 +247,6 @@ def show_comparison(title: str, key: str, form: str, rows: dict[str, dict]) -> N
 def measure_quality(args: argparse.Namespace, model: Llama, idx: torch.Tensor, found: dict) -> dict:
     """Runs the methods `found` over the passages idx (B, T), and compares them with full attention,
     which comes first. Prints tables, returns all numbers."""
-    fits = args.decoded < args.prefix
-    need(fits, f"decoded must be between 0 and prefix - 1 = {args.prefix - 1}, not {args.decoded}")
     steps = range(args.prefix, idx.shape[1] - 1)
     full = []  # full attention's distributions: B * L * vocabulary numbers
     rows = {}
@@ -335,7 +323,7 @@ def microseconds(layers: list[Callable]) -> float:
 
 def memory_rates(device: str) -> dict[str, float]:
     """Bytes per second of a copy (read and write) and of two plain reads."""
-    x = torch.ones(2**30 if device == "cuda" else 2**26, device=device)
+    x = torch.ones(2**30 if device == "cuda" else 2**24, device=device)
     y = torch.empty_like(x)
     runs = {"copy": lambda: y.copy_(x), "amax": x.amax, "sum": x.sum}
     rates = {}
@@ -367,7 +355,8 @@ def fill(cache: retro_attention.LayerCache, t: int) -> None:
         if x is not None:
             x.normal_()
     if cache.bounds is not None:
-        torch.stack((cache.k.amin(dim=3), cache.k.amax(dim=3)), dim=3, out=cache.bounds)
+        valid = torch.ones((), dtype=torch.bool, device=cache.k.device)
+        cache.bounds.copy_(retro_attention.page_bounds(cache.k, valid))
         cache.last_loaded.random_(t - 2 * cache.config.window, t)
 
 
@@ -637,12 +626,12 @@ def text_options(add: Callable, passages: int, least: int, length: int) -> None:
     add("--passages", type=at_least(least), default=passages, help="passages, as one batch")
     add("--prefix", type=at_least(1), default=1024, help="tokens of prompt")
     add("--length", type=at_least(1), default=length, help="tokens to decode after the prompt")
+    help = "how many final prompt tokens to decode instead of prefill"
+    add("--decoded", type=at_least(0), default=0, help=help)
 
 
 def quality_options(add: Callable) -> None:
     text_options(add, passages=8, least=2, length=96)
-    help = "how many final prompt tokens to decode instead of prefill"
-    add("--decoded", type=at_least(0), default=0, help=help)
     help = "add to each window as many pages without looking back"
     add("--control", action="store_true", help=help)
 
@@ -697,7 +686,7 @@ def measure(args: argparse.Namespace) -> int:
     results = args.run(args)
     device = sample.choose_device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    named = ("torch", "triton", "numpy", "transformers")
+    named = ("torch", "triton", "numpy", "transformers", "flashinfer-python", "matplotlib")
     versions = {x.name: x.version for x in distributions() if x.name in named}
     arguments = {name: x for name, x in vars(args).items() if name != "run"}
     record = {

@@ -271,26 +271,26 @@ def select_kernel(
     t64 = tl.load(t_ptr)
     count = pages_selected(t64, CONFIG).to(tl.int32)
     t = t64.to(tl.int32)  # all that follows fits 32 bits, in which a GPU computes fastest
-    held = t // PS + 1
-    first = first_window_page(t, CONFIG)  # from this page on, all are loaded
     page = tl.arange(0, N)  # (N,)
-    before = tl.load(last_loaded + bh * P + page, mask=page < held, other=0)  # (N,)
-    x = tl.load(scores + bh * P + page, mask=page < first, other=0.0)  # (N,)
+    held = page < t // PS + 1  # (N,)
+    always = held & (page >= first_window_page(t, CONFIG))  # (N,) always loaded
+    before = tl.load(last_loaded + bh * P + page, mask=held, other=0)  # (N,)
+    x = tl.load(scores + bh * P + page, mask=held, other=0.0)  # (N,)
     x = tl.where(x == x, x, float("inf"))  # a NaN score, e.g. of an infinite key, ranks first
     # As integers, the bits of positive floats rise with the float, those of negative floats fall.
     # So set the top bit of a positive float, and invert all bits of a negative one. -0.0 counts as
     # 0.0, and a page that is not held ranks 0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     rank = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # (N,)
-    rank = tl.where(page < first, rank, tl.where(page < held, 0xFFFFFFFF, 0)).to(tl.uint32)
+    rank = tl.where(held, tl.where(always, 0xFFFFFFFF, rank), 0).to(tl.uint32)
 
     # Bisection. `reach_low` ranks reach low, at least `count`. `reach_high` ranks reach high, at
     # most `count`: fewer, unless only the window's pages are chosen. It ends when exactly `count`
     # ranks reach low, or when only equal ranks are left.
-    low = tl.min(tl.where(page < held, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
-    high = tl.max(tl.where(page < first, rank, 0).to(tl.uint32), axis=0) + 1
-    reach_low = held
-    reach_high = held - first
+    low = tl.min(tl.where(held, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
+    high = tl.max(tl.where(always, 0, rank).to(tl.uint32), axis=0) + 1
+    reach_low = t // PS + 1
+    reach_high = tl.sum(always.to(tl.int32), axis=0)
     while (reach_low != count) & (high > low + 1):
         middle = low + (high - low) // 2
         reach_middle = tl.sum((rank >= middle).to(tl.int32), axis=0)

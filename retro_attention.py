@@ -231,13 +231,21 @@ def put_rows(k: torch.Tensor, v: torch.Tensor, cache: LayerCache, t: int) -> Non
     cache.k.flatten(2, 3)[:, :, first : t + 1] = k.transpose(1, 2)
     cache.v.flatten(2, 3)[:, :, first : t + 1] = v.transpose(1, 2)
     if cache.bounds is not None:
-        # From all keys of a page. A running minimum would stay a bound, but not a tight one,
-        # because it cannot rise when its key is overwritten. (Our choice.)
         pages = slice(first // ps, t // ps + 1)
-        keys = cache.k[:, :, pages]  # (B, n_kv_head, pages, ps, hs)
         j = torch.arange(pages.start * ps, pages.stop * ps, device=k.device).view(-1, ps, 1)
-        cache.bounds[:, :, pages, 0] = keys.masked_fill(j > t, torch.inf).amin(dim=3)
-        cache.bounds[:, :, pages, 1] = keys.masked_fill(j > t, -torch.inf).amax(dim=3)
+        cache.bounds[:, :, pages] = page_bounds(cache.k[:, :, pages], j <= t)
+
+
+def page_bounds(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The element-wise minimum and maximum of each page's valid keys: keys (..., ps, hs), valid
+    (..., ps, 1) bool -> (..., 2, hs).
+
+    From all keys of a page. A running minimum would stay a bound, but not a tight one, because it
+    cannot rise when its key is overwritten. (Our choice.)
+    """
+    low = keys.masked_fill(~valid, torch.inf).amin(dim=-2)  # (..., hs)
+    high = keys.masked_fill(~valid, -torch.inf).amax(dim=-2)  # (..., hs)
+    return torch.stack((low, high), dim=-2)
 
 
 # --------------------------------------------------------------------------------------------------

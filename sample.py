@@ -149,6 +149,31 @@ def exit_code(name: str, run: Callable[[], int]) -> int:
         return 130
 
 
+def kv_share(retro: RetroConfig | None, n_layer: int, steps: range) -> float:
+    """KV bytes that the decode steps at these positions read in all layers, divided by those of
+    full attention."""
+    if retro is None or not steps:
+        return 1.0
+    held = sum(map(retro.pages_held, steps))
+    # A page's bounds are as large as one token, a key and a value.
+    loaded = sum(map(retro.pages_selected, steps)) + held / retro.page_size
+    dense = retro.dense_layers
+    return (dense * held + (n_layer - dense) * loaded) / (n_layer * held)
+
+
+def check_writable(name: str, path: str) -> None:
+    """Raises ValueError with `name` if a file cannot be written. An existing file keeps its
+    content."""
+    target = os.path.realpath(path)  # the file itself, not a link to it
+    exists = os.path.exists(target)
+    try:
+        open(target, "ab").close()
+    except OSError as error:
+        raise ValueError(f"{name} {path}: {error.strerror}") from None
+    if not exists:
+        os.remove(target)
+
+
 def size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 0.9995e9 else f"{nbytes / 1e6:.3g} MB"
 
@@ -277,19 +302,19 @@ def report(
     if not steps:
         return lines
     retro = decoder.retro
-    held = sum(map(retro.pages_held, steps))
-    loaded = sum(map(retro.pages_selected, steps))
+    held = sum(map(retro.pages_held, steps)) / len(steps)
+    loaded = sum(map(retro.pages_selected, steps)) / len(steps)
     layers = len(decoder.layers)
     dense = retro.dense_layers
     if dense == layers:
-        return [*lines, f"full attention: all of {held / len(steps):.1f} pages read"]
-    share = (loaded + held / retro.page_size) / held  # a page's bounds are as large as one token
-    overall = (share * (layers - dense) + dense) / layers
+        return [*lines, f"full attention: all of {held:.1f} pages read"]
+    overall = kv_share(retro, layers, steps)
+    share = kv_share(replace(retro, dense_layers=0), layers, steps)
     name = "RetroAttention" if retro.window > 1 else "Quest"
     return [
         *lines,
-        f"{name}, window {retro.window}: {loaded / len(steps):.1f} of {held / len(steps):.1f} "
-        f"pages read per step and KV head in {layers - dense} sparse layers, {dense} dense",
+        f"{name}, window {retro.window}: {loaded:.1f} of {held:.1f} pages read per step and KV "
+        f"head in {layers - dense} sparse layers, {dense} dense",
         f"KV bytes read {overall:.0%} of full attention's "
         f"(sparse layers {share:.0%}, page bounds included)",
     ]

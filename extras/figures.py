@@ -16,7 +16,6 @@ import importlib.util
 import io
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -206,14 +205,7 @@ def check_out(path: str) -> None:
     """Raises ValueError unless the picture can be written. An existing file keeps its content."""
     suffixes = (".png", ".svg", ".pdf")
     need(path.endswith(suffixes), f"out must end in {', '.join(suffixes)}, not {path!r}")
-    target = os.path.realpath(path)  # the file itself, not a link to it
-    exists = os.path.exists(target)
-    try:
-        open(target, "ab").close()
-    except OSError as error:
-        raise ValueError(f"out {path}: {error.strerror}") from None
-    if not exists:
-        os.remove(target)
+    sample.check_writable("out", path)
 
 
 def draw_quality(axis, title: str, middles: list[float], lines: dict, styles: dict) -> dict:

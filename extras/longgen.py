@@ -211,18 +211,10 @@ def answers(
 # The measurement
 
 
-def check_new(path: str) -> None:
-    """Raises ValueError if the file exists already, or cannot be written."""
-    try:
-        open(path, "x").close()
-    except OSError as error:
-        raise ValueError(f"out {path}: {error.strerror}") from None
-    Path(path).unlink()
-
-
 def longgen(args: argparse.Namespace) -> dict:
     """Asks the questions with each method, and counts the right answers."""
-    check_new(args.out)
+    need(not Path(args.out).exists(), f"out {args.out}: exists already")
+    sample.check_writable("out", args.out)
     retro = sample.retro_config(args, window=1)
     config, weights, tok, device, dtype = sample.load(args)
     prompts, results = make_prompts(args, config.max_seq_len, tok)

@@ -243,7 +243,7 @@ class ReSA(Decoder):
     @staticmethod
     def kv_share(retro, n_layer, steps):
         again = sum(map(retro.pages_held, dense_steps(steps)))  # in all layers
-        return bench.kv_share(retro, n_layer, steps) + again / sum(map(retro.pages_held, steps))
+        return sample.kv_share(retro, n_layer, steps) + again / sum(map(retro.pages_held, steps))
 
     def prefill(self, idx):
         self.prompt_len = idx.shape[1]

@@ -257,7 +257,7 @@ def test_kv_read_counts_the_positions_decoded(measure, stops):
      r"n = 1: the context leaves 6 tokens for a prompt of \d+: choose a smaller n"),
     ("--questions {0} --examples {0} --out x --shots 2 --prompts 3 --n 1 --one_length",
      "one_length: no 2 examples make prompt 0 as long as the others"),
-    ("--questions LICENSE --examples LICENSE --out README.md", "out README.md: File exists"),
+    ("--questions LICENSE --examples LICENSE --out README.md", "out README.md: exists already"),
     ("--questions LICENSE --examples LICENSE --out no/x", "out no/x: No such file"),
     ("--questions {0} --examples {0} --out x --budget 2", "budget must be in \\(0, 1\\], not 2.0"),
 ])  # fmt: skip

@@ -347,15 +347,10 @@ def test_the_check_of_a_path_leaves_no_trace(tmp_path):
         assert check_path(str(checked)) == checked and path.read_text() == "an earlier run"
 
 
-def test_a_model_without_sparse_layers_has_nothing_to_show(tmp_path):
-    model = random_model()
-    decoder = Decoder(model, 1, None)
-    path = tmp_path / "run.html"
-    message = "^trace: nothing to show, all 3 layers are dense$"
-    refused(lambda: Recorder(decoder, Names, 21, path), message)
-    sparse = Decoder(model, 1, SPARSE)
-    refused(lambda: Recorder(sparse, Names, 21, "nowhere/x.html"), "no such folder")
-    assert all(layer.ops is retro_attention for layer in sparse.layers)
+def test_a_recorder_checks_its_path_first():
+    decoder = Decoder(random_model(), 1, SPARSE)
+    refused(lambda: Recorder(decoder, Names, 21, "nowhere/x.html"), "no such folder")
+    assert all(layer.ops is retro_attention for layer in decoder.layers)
 
 
 def test_trace_leaves_the_text_alone(capsys, tmp_path):

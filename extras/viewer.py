@@ -10,7 +10,6 @@ Shapes as in retro_attention.py; R is the number of past rows, W-1 or fewer at t
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 
 from model import Decoder, Tokenizer
 from retro_attention import LayerCache, OpsWrapper, need, row_positions
+from sample import check_writable
 
 # --------------------------------------------------------------------------------------------------
 # One step in one layer
@@ -143,15 +143,8 @@ def check_path(path: str | Path) -> Path:
     """The path of the page to write. Raises ValueError if it does not end in .html, its folder does
     not exist, or it cannot be written. An existing file keeps its content."""
     need(str(path).endswith(".html"), f"trace must be a file that ends in .html, not {str(path)!r}")
-    need(os.path.isdir(Path(path).parent), f"trace {path}: no such folder")
-    target = os.path.realpath(path)  # the file itself, not a link to it
-    exists = os.path.exists(target)
-    try:
-        open(target, "ab").close()
-        if not exists:
-            os.remove(target)
-    except OSError as error:
-        raise ValueError(f"trace {path}: {error.strerror}") from None
+    need(Path(path).parent.is_dir(), f"trace {path}: no such folder")
+    check_writable("trace", str(path))
     return Path(path)
 
 
