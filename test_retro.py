@@ -744,7 +744,7 @@ def kernel_cases():
     dtypes = list(KERNEL_DTYPES)
     for i, shape in enumerate(SHAPES):
         yield *shape, *PLACES[(i + i // 6) % 6], dtypes[i // 5 % len(dtypes)], 0.3
-    for seed in range(300 if DEVICE == "cuda" else 12):
+    for seed in range(300 if DEVICE == "cuda" else 8):
         draw = random.Random(seed).choice
         t = draw(range(2000 if DEVICE == "cuda" else 300))
         min_tokens = draw((1, 10, 64, 500))
@@ -914,7 +914,7 @@ def test_attend_kernel_empty_supplements_and_extreme_scores(dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("window", [1, 3, 8])
+@pytest.mark.parametrize("window", [1, 8])
 def test_both_implementations_decode_the_same(window):
     """Trained weights, several layers and steps: through the kernels each step loads the same pages
     as the reference, leaves the same in the caches, and gives the same greedy tokens. Guards
