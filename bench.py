@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import statistics
 import sys
 import time
@@ -30,7 +31,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import retro_attention
 import sample
-from model import Decoder, Llama, LlamaConfig, Tokenizer, check_dense, check_finite
+from model import (
+    Decoder,
+    Llama,
+    LlamaConfig,
+    Tokenizer,
+    check_dense,
+    check_finite,
+    choose_threads,
+)
 from retro_attention import OpsWrapper, RetroConfig, need, row_positions
 
 START = time.time()
@@ -147,6 +156,8 @@ PARTS = 8  # of the decoded text, to report on one by one
 
 
 def load_model(args: argparse.Namespace) -> tuple[Llama, Tokenizer]:
+    if args.text not in (None, "-"):
+        sample.read_text(args.text, args.text)  # refuses a file before the weights are read
     config, weights, tok, device, dtype = sample.load(args)
     return Llama.from_weights(config, weights, device, dtype), tok
 
@@ -166,7 +177,9 @@ def passages(args: argparse.Namespace, model: Llama, tok: Tokenizer) -> torch.Te
     if args.text is None:
         progress(f"no --text: sampling {B} texts of {T} tokens from the checkpoint")
         first = torch.tensor([start] * B, device=device)
-        return model.generate(first, n, None, temperature=1, top_p=None, seed=args.seed)
+        stream = Decoder(model, B, None, T).stream(first, n, 1, top_p=None, seed=args.seed)
+        written = torch.stack(list(sample.counted("sampling", stream, n)), dim=1)
+        return torch.cat((first, written), dim=1)
     ids = tok.encode(sample.read_text(args.text, args.text))
     enough = len(ids) >= B * n
     need(enough, f"text {args.text} has {len(ids)} tokens: {B} passages of {n} need {B * n}")
@@ -256,6 +269,7 @@ def measure_quality(args: argparse.Namespace, model: Llama, idx: torch.Tensor, f
         progress(name)
         decoder = method.make(model, len(idx), method.retro, idx.shape[1])
         logps = forced(decoder, idx, args.prefix, args.decoded)
+        logps = sample.counted(name, logps, len(steps))
         if name == "full":
             logps = full = list(logps)
         kl[name], gap[name] = fidelity(logps, full, idx[:, args.prefix + 1 :])
@@ -337,7 +351,8 @@ def memory_rates(device: str) -> dict[str, float]:
 def begin(args: argparse.Namespace) -> tuple[LlamaConfig, torch.dtype, dict[str, float]]:
     """Shape, dtype and memory rates, which it prints as the first line."""
     shape = replace(SHAPES[args.shape], max_seq_len=max(context for context, _ in args.settings))
-    sample.choose_threads(shape, torch.device(args.device))
+    if args.device == "cpu":
+        choose_threads(sample.parameters(sample.skeleton(shape)))
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     where = "No GPU: on the CPU, with the PyTorch reference"
     if args.device == "cuda":
@@ -606,11 +621,11 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def setting(text: str) -> tuple[int, int]:
     """For argparse: CONTEXTxBATCH."""
-    context, batch = map(int, text.split("x"))
-    if context < 256 or batch < 1:
-        what = f"must have a context >= 256 and a batch >= 1, not {text}"
-        raise argparse.ArgumentTypeError(what)
-    return context, batch
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found or int(found[1]) < 256 or int(found[2]) < 1:
+        form = "CONTEXTxBATCH with a context >= 256 and a batch >= 1, e.g. 32768x8"
+        raise argparse.ArgumentTypeError(f"must be {form}, not {text}")
+    return int(found[1]), int(found[2])
 
 
 def text_options(add: Callable, passages: int, least: int, length: int) -> None:
@@ -673,7 +688,8 @@ def add_command(commands, run: Callable, options: Callable, **fixed) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = sample.Parser(description=__doc__, formatter_class=form)
-    commands = parser.add_subparsers(dest="command", required=True)
+    names = "{quality,kernels,decode}"
+    commands = parser.add_subparsers(dest="command", metavar=names, required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add_command(commands, quality, quality_options)
     add_command(commands, kernels, kernels_options, device=device)
@@ -698,7 +714,10 @@ def measure(args: argparse.Namespace) -> int:
         "seconds": round(time.time() - START),
         "results": results,
     }
-    print("\n" + json.dumps(record), flush=True)
+    line = json.dumps(record, allow_nan=False)
+    if sys.stdout.isatty():
+        line = f"(All numbers as one line of JSON, {len(line)} characters: redirect stdout.)"
+    print("\n" + line, flush=True)
     return 0
 
 

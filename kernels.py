@@ -1,8 +1,8 @@
 """The Triton twin of each step of RetroAttention: same names, signatures and order as in
 `retro_attention.py`.
 
-    1. write    grid (B, n_head + n_kv_head)       a program rotates the rows of one head; a KV
-                                                   head's also stores them and updates the bounds
+    1. write    grid (B, n_head + n_kv_head)       a program rotates the rows of one head; that of
+                                                   a KV head stores k, v and updates the bounds
     2. score    grid (B * n_kv_head, blocks of P)  a scan of the page bounds
     3. select   grid (B * n_kv_head,)              exact top-k in registers, and the exposure mask
     4. attend   grid (splits, B * n_kv_head)       flash attention of W * G rows over a share of the
@@ -15,9 +15,10 @@ For a reader new to Triton: `kernel[grid](arguments)` runs the kernel once per *
 grid, and `tl.program_id` tells the programs apart. They compute with blocks of values whose sides
 are powers of two. A tensor argument is a pointer to its first element, and a pointer plus a block
 of offsets is a block of addresses; where the mask is false, loads give `other` and stores do
-nothing. `tl.constexpr` arguments and `x is None` are resolved when the kernel is compiled. The
-tutorials "Fused Softmax" and "Fused Attention" explain the rest:
-https://triton-lang.org/main/getting-started/tutorials
+nothing. `tl.constexpr` arguments and `x is None` are resolved when the kernel is compiled. A
+program runs on `num_warps` warps of 32 threads, which keep its blocks in registers; `num_stages`
+sets how many tiles a loop has in flight. The tutorials "Fused Softmax" and "Fused Attention"
+explain the rest: https://triton-lang.org/main/getting-started/tutorials
 
 "in (B, W)" after a line marks flat indices into a tensor of that shape.
 
@@ -26,8 +27,8 @@ Each function, e.g. `write`, checks, allocates and launches the kernel below it,
 and never on the position. `t` is loaded inside the kernel, so the host never waits for the device
 and a whole step can become a CUDA graph. What is stored after position t never reaches a result.
 
-The headers of the kernels count the bytes of one layer and one step; e is the element size, and
-heads = B * n_kv_head.
+The headers of the kernels count the bytes of one sparse layer and one step; e is the element size,
+and heads = B * n_kv_head.
 
 On a machine without a GPU, TRITON_INTERPRET=1 (set before Python starts) runs every kernel line by
 line in NumPy, with breakpoint() and print. There tl.dot is right in float32 and float16, but wrong
@@ -73,7 +74,7 @@ def write(q, k, v, cos, sin, cache, t: torch.Tensor) -> torch.Tensor:
         q, k, v, cos, sin, q_rotated, cache.k, cache.v, cache.bounds, t,
         *strides, P, n_head, n_kv_head,
         CONFIG=cache.config, ROWS=triton.next_power_of_2(W), HS=hs,
-        num_warps=1 if W <= 8 else 4,  # a few rows: more warps would only wait
+        num_warps=1 if W <= 8 else 4,  # with few rows, more warps would idle
     )  # fmt: skip
     return q_rotated
 
@@ -115,6 +116,7 @@ def write_kernel(
     sin_rows = tl.load(sin + angles, mask=real, other=0.0).to(tl.float32)  # (ROWS, HS / 2)
 
     if head < n_head:
+        # Also rows before the start, because all of q_rotated must be defined.
         inside = (w < W)[:, None]  # (ROWS, 1)
         x = tl.load(q + row * q_stride + head * HS + i[None, :], mask=inside, other=0.0)
         x = rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype)  # (ROWS, HS)
@@ -125,11 +127,11 @@ def write_kernel(
         x = tl.load(k + row * k_stride + element, mask=real, other=0.0)
         x = rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype)  # (ROWS, HS)
         value = tl.load(v + row * v_stride + element, mask=real, other=0.0)  # (ROWS, HS)
-        first_page = (b * n_kv_head + h).to(tl.int64) * P  # of this head
-        # Pages lie one after the other, so a row's place follows from its position.
-        place = first_page * PS * HS + p[:, None] * HS + i[None, :]  # (ROWS, HS)
-        tl.store(cache_k + place, x, mask=real)
-        tl.store(cache_v + place, value, mask=real)
+        head_page = (b * n_kv_head + h).to(tl.int64) * P  # where this head's pages begin
+        # Pages lie one after the other, so a row's offset follows from its position.
+        offset = head_page * PS * HS + p[:, None] * HS + i[None, :]  # (ROWS, HS)
+        tl.store(cache_k + offset, x, mask=real)
+        tl.store(cache_v + offset, value, mask=real)
 
         # The window's keys are in registers. Only the page's earlier keys are read. This kernel
         # does not write them, so no barrier is needed.
@@ -137,14 +139,14 @@ def write_kernel(
             for page in range(tl.maximum(t - W + 1, 0) // PS, t // PS + 1):
                 j = page * PS + tl.arange(0, PS)  # (PS,) positions
                 earlier = (j < t - W + 1)[:, None]  # (PS, 1)
-                key_place = first_page * PS * HS + j[:, None] * HS + i[None, :]  # (PS, HS)
-                keys = tl.load(cache_k + key_place, mask=earlier, other=0.0)  # (PS, HS)
+                key_offset = head_page * PS * HS + j[:, None] * HS + i[None, :]  # (PS, HS)
+                keys = tl.load(cache_k + key_offset, mask=earlier, other=0.0)  # (PS, HS)
                 here = real & (p // PS == page)[:, None]  # (ROWS, 1) rows in this page
                 low = tl.min(tl.where(earlier, keys, float("inf")).to(tl.float32), axis=0)
                 low_x = tl.min(tl.where(here, x, float("inf")).to(tl.float32), axis=0)
                 high = tl.max(tl.where(earlier, keys, float("-inf")).to(tl.float32), axis=0)
                 high_x = tl.max(tl.where(here, x, float("-inf")).to(tl.float32), axis=0)
-                bound = (first_page + page) * 2 * HS + i  # (HS,)
+                bound = (head_page + page) * 2 * HS + i  # (HS,)
                 tl.store(bounds + bound, tl.minimum(low, low_x).to(x.dtype))
                 tl.store(bounds + bound + HS, tl.maximum(high, high_x).to(x.dtype))
 
@@ -242,8 +244,8 @@ def select_kernel(
 ):  # fmt: skip
     """pages = top-k(score); loaded_before = A[pages]; A[pages] = t
 
-    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads at most heads * held * 4
-    bytes each of scores and of A, writes heads * count * 12, with count = pages_selected(t).
+    Grid (B * n_kv_head,): a program has all scores of one KV head. Reads heads * held * 4 bytes
+    each of scores and of A, writes heads * count * 12, with count = pages_selected(t).
 
     An example with six pages held, of which count = 3 are to be chosen. Page 5 is the window's and
     always loaded, so it ranks above all others.
@@ -254,7 +256,7 @@ def select_kernel(
                                                  in the kernel, small ones here)
 
     The search keeps a threshold `low` that at least `count` ranks reach (a rank reaches x if it is
-    >= x), and a threshold `high` that fewer reach:
+    >= x), and a threshold `high` that at most `count` reach:
 
         low  high  middle  reached by
          10    51      30           5   low = 30
@@ -270,24 +272,24 @@ def select_kernel(
     bh = tl.program_id(0).to(tl.int64)
     t64 = tl.load(t_ptr)
     count = pages_selected(t64, CONFIG).to(tl.int32)
-    t = t64.to(tl.int32)  # all that follows fits 32 bits, in which a GPU computes fastest
+    t = t64.to(tl.int32)  # positions and pages fit 32 bits, in which a GPU computes fastest
     page = tl.arange(0, N)  # (N,)
-    held = page < t // PS + 1  # (N,)
-    always = held & (page >= first_window_page(t, CONFIG))  # (N,) always loaded
-    before = tl.load(last_loaded + bh * P + page, mask=held, other=0)  # (N,)
-    x = tl.load(scores + bh * P + page, mask=held, other=0.0)  # (N,)
+    is_held = page < t // PS + 1  # (N,)
+    always = is_held & (page >= first_window_page(t, CONFIG))  # (N,) always loaded
+    before = tl.load(last_loaded + bh * P + page, mask=is_held, other=0)  # (N,)
+    x = tl.load(scores + bh * P + page, mask=is_held, other=0.0)  # (N,)
     x = tl.where(x == x, x, float("inf"))  # a NaN score, e.g. of an infinite key, ranks first
     # As integers, the bits of positive floats rise with the float, those of negative floats fall.
     # So set the top bit of a positive float, and invert all bits of a negative one. -0.0 counts as
     # 0.0, and a page that is not held ranks 0.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     rank = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # (N,)
-    rank = tl.where(held, tl.where(always, 0xFFFFFFFF, rank), 0).to(tl.uint32)
+    rank = tl.where(is_held, tl.where(always, 0xFFFFFFFF, rank), 0).to(tl.uint32)
 
     # Bisection. `reach_low` ranks reach low, at least `count`. `reach_high` ranks reach high, at
     # most `count`: fewer, unless only the window's pages are chosen. It ends when exactly `count`
     # ranks reach low, or when only equal ranks are left.
-    low = tl.min(tl.where(held, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
+    low = tl.min(tl.where(is_held, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
     high = tl.max(tl.where(always, 0, rank).to(tl.uint32), axis=0) + 1
     reach_low = t // PS + 1
     reach_high = tl.sum(always.to(tl.int32), axis=0)
@@ -331,11 +333,11 @@ def attend(
     loaded_before: torch.Tensor | None,
     t: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of all rows over the loaded pages, each row over what it may see and has not seen;
-    without `pages` over all pages held. One part per split: o (splits, B, W, n_head, hs),
+    """Attention of all rows over the loaded pages, each row over the causal keys of pages new to
+    it; without `pages` over all pages held. One part per split: o (splits, B, W, n_head, hs),
     lse (splits, B, W, n_head), both float32."""
     B, W, n_head, hs = q.shape
-    assert W == cache.config.window, f"q has {W} rows, the window {cache.config.window}"
+    assert W == cache.config.window, f"q has {W} rows, but the window {cache.config.window}"
     assert q.is_contiguous(), "q must be contiguous"
     n_kv_head, P, ps = cache.k.shape[1:4]
     G = n_head // n_kv_head
@@ -379,7 +381,7 @@ def attend_kernel(
     head_k = cache_k + bh * P * PS * HS
     head_v = cache_v + bh * P * PS * HS
     t64 = tl.load(t_ptr)
-    t = t64.to(tl.int32)  # all that follows fits 32 bits, and takes half the registers of 64
+    t = t64.to(tl.int32)  # positions, and offsets within a head, fit 32 bits: half the registers
     r = tl.arange(0, ROWS)
     i = tl.arange(0, HS)
     n = tl.arange(0, KEYS)
@@ -436,8 +438,8 @@ def attend_kernel(
 
 
 def combine(o: torch.Tensor, lse: torch.Tensor, cache, t: torch.Tensor) -> torch.Tensor:
-    """Merges the splits with each other and with the output cache, in place. Returns the rows
-    (B, W, n_head, hs) in the model's dtype."""
+    """Merges the splits with each other and with the cached outputs, and updates the cache. Returns
+    the rows (B, W, n_head, hs) in the model's dtype."""
     splits, B, W, n_head, hs = o.shape
     merged = torch.empty(B, W, n_head, hs, device=o.device, dtype=cache.k.dtype)
     combine_kernel[(B * W * n_head,)](
@@ -499,8 +501,8 @@ def combine_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Beside attention. With PyTorch's own functions a W=2 step would be 2.8 to 3.7 % (RMSNorm) and 2.0
-# to 2.6 % slower (SwiGLU, whose two halves are not contiguous).
+# Beside attention. PyTorch's RMSNorm would slow a W=2 step by 2.8 to 3.7 %, its SwiGLU by 2.0 to
+# 2.6 % (the two halves are not contiguous).
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """A Llama in one file, decoded with RetroAttention.
 
 Start at `Llama`, the model, and read upwards: `Block` is one layer, `Attention` the part that hands
-its queries, keys and values to `retro_attention.py`. Below it, `Decoder` takes one batch of texts
-through prefill and decode steps; `generate` and `score` are loops over it. The second part, which
-reads checkpoints and tokenizers, is not needed to understand the method.
+its queries, keys and values to `retro_attention.py`. Below `Llama`, `Decoder` takes one batch of
+texts through prefill and decode steps; `generate` and `score` are loops over it. The second part,
+which reads checkpoints and tokenizers, is not needed to understand the method.
 
 Shapes stand at the end of the line that makes the tensor: B batch, T tokens, W rows of the
 retrospective window (newest last), n_head and n_kv_head heads, hs head size.
@@ -13,8 +13,10 @@ wk and wv, `w13` stacks w1 and w3; `Llama.weights` splits them again.
 """
 
 import base64
+import copy
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -184,7 +186,8 @@ class Block(nn.Module):
         t: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, dim) -> (B, T, dim); `retro` and `t` as in `Attention.forward`."""
-        ops = retro_attention if retro is None else retro.ops  # the kernels have no gradients
+        # Without `retro` the model may be training, and the kernels have no gradients.
+        ops = retro_attention if retro is None else retro.ops
         a = self.attention_norm
         f = self.ffn_norm
         x = x + self.attention(ops.rms_norm(x, a.weight, a.eps), cos, sin, retro, t)
@@ -267,7 +270,7 @@ class Llama(nn.Module):
         """Log-probabilities of tokens prompt_len .. T-1 of (B, T) ids, fed one by one through the
         decode path -> (B, T - prompt_len) float32.
 
-        Raises ValueError unless 1 <= prompt_len < T.
+        Raises ValueError unless 1 <= prompt_len < T, or if T exceeds the context.
         """
         B, T = check_ids(idx)
         need(1 <= prompt_len < T, f"prompt_len must be between 1 and {T - 1}, not {prompt_len}")
@@ -348,7 +351,19 @@ class Llama(nn.Module):
         model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         for name, w in model.weights().items():
             w.copy_(weights.pop(name))
+        if model.norm.weight.device.type == "cpu":
+            choose_threads(sum(p.numel() for p in model.parameters()))
         return model
+
+
+def choose_threads(parameters: int) -> None:
+    """Takes one thread for a small model on a CPU. Its products are too small to share: threads
+    wait for each other, above all on a busy machine. A number that somebody has set, by
+    OMP_NUM_THREADS or torch.set_num_threads, stays."""
+    cpus = os.cpu_count()
+    is_set = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() not in (cpus, cpus // 2)
+    if parameters < 200_000_000 and not is_set:
+        torch.set_num_threads(1)
 
 
 def check_ids(idx: torch.Tensor) -> torch.Size:
@@ -360,6 +375,12 @@ def check_ids(idx: torch.Tensor) -> torch.Size:
         fits = idx.ndim == 2 and idx.dtype in (torch.int32, torch.int64)
     need(fits, f"token ids must be an integer tensor of shape (B, T), not {what}")
     return idx.shape
+
+
+def check_vocabulary(ids: torch.Tensor, vocab_size: int) -> None:
+    """Raises ValueError if an id is out of range."""
+    for token in (ids.min().item(), ids.max().item()):
+        need(0 <= token < vocab_size, f"token id {token} must be between 0 and {vocab_size - 1}")
 
 
 def check_prompt(T: int, context: int) -> None:
@@ -394,6 +415,8 @@ class Decoder:
         max_seq_len: int | None = None,
     ):
         """Raises ValueError if a value is out of range. `retro=None` attends densely."""
+        is_config = retro is None or isinstance(retro, RetroConfig)
+        need(is_config, f"retro must be a RetroConfig, or None for full attention, not {retro!r}")
         config = model.config
         weight = model.norm.weight
         like = {"device": weight.device, "dtype": weight.dtype}
@@ -426,7 +449,7 @@ class Decoder:
         # (B, max_seq_len)
         self.tokens = torch.zeros(batch_size, n, dtype=torch.long, device=device)
         self.t = torch.full((), -1, dtype=torch.long, device=device)  # the newest token's position
-        self.position = -1  # the same number on the host
+        self.position = -1  # the same number on the host; None after a call that failed
         # On a GPU a step is hundreds of short kernels. A CUDA graph launches them at once. Its
         # input is `token`, its output `newest_logits`. One graph serves all lengths of the text: t
         # rises inside it, the kernels read t on the device, and their grids fit a full cache.
@@ -445,23 +468,29 @@ class Decoder:
         most = self.max_seq_len
         need(len(idx) == B, f"the prompt has {len(idx)} texts, but the decoder was made for {B}")
         need(1 <= T <= most, f"the prompt has {T} tokens, must have 1 to {most}")
+        check_vocabulary(idx, self.model.config.vocab_size)
+        self.position = None
         self.tokens[:, :T] = idx
         self.t.fill_(T - 1)
-        self.position = T - 1
         x = self.model.hidden(idx, *self.rope, self.layers)  # (B, T, dim)
+        self.position = T - 1
         return self.model.logits(x[:, -1])
 
     @torch.inference_mode()
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Appends one token per text, (B,), and returns the next token's logits (B, vocab).
 
-        Raises IndexError past the end of the cache.
+        Raises IndexError past the end of the cache, and ValueError after a call that failed.
         """
-        if self.position + 1 >= self.max_seq_len:
-            t = self.position + 1
+        need(self.position is not None, "the last call failed: start afresh with prefill")
+        t = self.position + 1
+        if t >= self.max_seq_len:
             raise IndexError(f"position {t} is past the end of the cache, {self.max_seq_len}")
         shape = tuple(self.token.shape)
         assert token.shape == shape, f"one token per text: {shape}, not {tuple(token.shape)}"
+        if not token.is_cuda:  # on a GPU the check would wait for the device
+            check_vocabulary(token, self.model.config.vocab_size)
+        self.position = None  # a step that fails may have written into some of the layers
         self.token.copy_(token)
         if not (self.t.is_cuda and all(layer.ops.capturable for layer in self.layers)):
             logits = self._step()
@@ -474,7 +503,7 @@ class Decoder:
         else:
             self.graph.replay()
             logits = self.newest_logits.clone()  # the next replay overwrites them
-        self.position += 1
+        self.position = t
         return logits
 
     def _step(self) -> torch.Tensor:
@@ -487,6 +516,15 @@ class Decoder:
         x = self.model.hidden(self.tokens[:, rows], *self.rope, self.layers, self.t)  # (B, W, dim)
         return self.model.logits(x[:, -1])
 
+    def __deepcopy__(self, memo: dict) -> "Decoder":
+        """A decoder that continues the texts on its own, with the same model and a graph to be
+        captured anew."""
+        twin = copy.copy(self)
+        for name in ("layers", "tokens", "t", "token"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        twin.graph = None
+        return twin
+
     def stream(
         self,
         idx: torch.Tensor,
@@ -496,10 +534,16 @@ class Decoder:
         top_p: float | None = 0.95,
         seed: int | None = None,
         stop_tokens: Sequence[int] = (),
+        append: bool = False,
     ) -> Iterator[torch.Tensor]:
-        """Yields the (B,) next tokens; arguments and errors as in `Llama.generate`."""
+        """Yields the (B,) next tokens; arguments and errors as in `Llama.generate`. With `append`,
+        idx does not start a text, but follows the one that was read so far, token by token."""
         B, T = check_ids(idx)
-        check_prompt(T, self.max_seq_len)
+        start = 0
+        if append:
+            need(self.position is not None, "the last call failed: start afresh, without append")
+            start = self.position + 1
+        check_prompt(start + T, self.max_seq_len)
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         generator = torch.Generator(device=idx.device)
         if seed is None:
@@ -508,9 +552,14 @@ class Decoder:
             generator.manual_seed(seed)
         stops = torch.tensor(stop_tokens, dtype=torch.long, device=idx.device)
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)  # (B,)
-        token = None
-        for _ in range(min(max_new_tokens, self.max_seq_len - T)):
-            logits = self.prefill(idx) if token is None else self.step(token)
+        if append:
+            for token in idx.T:
+                logits = self.step(token)
+        else:
+            logits = self.prefill(idx)
+        for i in range(min(max_new_tokens, self.max_seq_len - start - T)):
+            if i > 0:
+                logits = self.step(token)
             check_finite(logits)
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
             if len(stops):
@@ -522,8 +571,8 @@ class Decoder:
 
 
 def check_finite(logits: torch.Tensor) -> None:
-    """Raises ValueError unless all logits are finite: sampling from others would be meaningless,
-    and on a GPU it would abort without a clear message."""
+    """Raises ValueError unless all logits are finite, because sampling would be meaningless, and
+    would abort on a GPU without a clear message."""
     reason = f"its weights are broken, or too large for {logits.dtype}"
     need(logits.isfinite().all(), f"the model's logits are not finite: {reason}")
 
@@ -558,6 +607,7 @@ def sample_token(
     probs, ids = probs.sort(dim=-1, descending=True)  # (B, vocab) each, the likeliest first
     if top_k is not None:
         probs[:, top_k:] = 0
+        probs /= probs.sum(dim=-1, keepdim=True)  # top_p is that of the k tokens
     if top_p is not None:
         # Keep the smallest set of likeliest tokens that holds top_p: a token stays if those before
         # it hold less.
@@ -594,7 +644,9 @@ def is_hugging_face(folder: str | Path) -> bool:
     """Whether `folder` has Hugging Face's format; it wins if both formats are there. Raises
     ValueError if there is no such folder, or neither format in it."""
     folder = Path(folder)
-    need(folder.is_dir(), f"checkpoint {folder}: no such folder")
+    reason = "must be a folder" if folder.exists() else "no such folder"
+    hint = "download a model's folder first, see the README"
+    need(folder.is_dir(), f"checkpoint {folder}: {reason}; {hint}")
     names = [name for name in ("config.json", "params.json") if (folder / name).is_file()]
     need(names, f"checkpoint {folder}: has neither params.json nor config.json")
     return names[0] == "config.json"
@@ -658,6 +710,8 @@ def read_pth(folder: str | Path) -> dict[str, torch.Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # broken files raise anything, with advice that is not for the user
         reason = f"not a readable PyTorch file of weights ({type(error).__name__})"
+        if re.search("memory|allocate", str(error)):
+            reason = "not enough memory to map it"
         raise ValueError(f"{path}: {reason}") from None
     tensors = isinstance(weights, dict)
     tensors = tensors and all(isinstance(w, torch.Tensor) for w in weights.values())
@@ -734,9 +788,10 @@ class Tokenizer:
         ids = [i for piece in pieces for i in encode(piece)]
         return [self.bos, *ids] if bos else ids
 
-    def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Ids of a conversation of (role, text) in Llama 3's format, up to where the assistant's
-        turn begins. Roles are system (first, if at all), user and assistant.
+    def chat(self, messages: Sequence[tuple[str, str] | dict[str, str]]) -> list[int]:
+        """Ids of a conversation in Llama 3's format, up to where the assistant's turn begins. A
+        message is (role, text) or {"role": role, "content": text}; roles are system (first, if at
+        all), user and assistant.
 
         Raises ValueError for another role.
         """
@@ -744,9 +799,13 @@ class Tokenizer:
         end = self.special["<|end_header_id|>"]
         end_of_turn = self.special["<|eot_id|>"]
         ids = [self.bos]
-        for role, text in messages:
+        for message in messages:
+            if isinstance(message, dict):
+                message = message.get("role"), message.get("content")
+            role, text = message
             known = role in ("system", "user", "assistant")
             need(known, f"a role must be system, user or assistant, not {role!r}")
+            need(isinstance(text, str), f"a message must have a text, not {text!r}")
             ids += [start, *self.encode(role), end]
             ids += [*self.encode("\n\n" + text.strip()), end_of_turn]
         return [*ids, start, *self.encode("assistant"), end, *self.encode("\n\n")]

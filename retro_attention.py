@@ -9,7 +9,8 @@ each layer does this:
     1. write    rotate q and k, append the new row's K and V, overwrite those of the past rows,
                 refresh the page bounds                                              (propagation)
     2. score    Quest's bound on q.k for each page                                     (selection)
-    3. select   the top pages of each KV head, and when each was last loaded     (exposure mask A)
+    3. select   choose each KV head's top pages, look up when each was last loaded
+                                                                               (exposure mask A)
     4. attend   one read of these pages serves all rows: the newest row sees all of them,
                 a past row only those it has never seen                     (supplementary output)
     5. combine  merge a past row's supplement into its output so far, by log-sum-exp
@@ -45,6 +46,7 @@ Rows before the start of the text (negative positions) write nothing and see not
 output is zero.
 """
 
+import copy
 import importlib.util
 import os
 import sys
@@ -103,7 +105,7 @@ class RetroConfig:
         return -(-self.min_tokens // self.page_size)  # -(-a // b) is a / b rounded up
 
     def pages_held(self, t: int) -> int:
-        """Pages that have tokens after position t."""
+        """Pages that have tokens once position t is written."""
         return t // self.page_size + 1
 
     def pages_allowed(self, held: int) -> int:
@@ -112,9 +114,9 @@ class RetroConfig:
 
     def first_window_page(self, t: int) -> int:
         """The first page that the window t-W+1 .. t touches. It and all later pages are always
-        loaded (our choice; the paper leaves it open). First, their keys are being rewritten.
-        Second, they may hold keys of tokens later than a past row, and such a key must not decide
-        what the row sees. Older pages hold no such key."""
+        loaded (our choice; the paper leaves it open). First, their bounds change as their keys are
+        rewritten. Second, they may hold keys of tokens later than a past row. A later query may
+        choose pages for the row (that is the method), but a later key must not."""
         return max(0, t - self.window + 1) // self.page_size
 
     def pages_selected(self, t: int) -> int:
@@ -143,7 +145,7 @@ class LayerCache:
     bounds: torch.Tensor | None = None  # (B, n_kv_head, P, 2, hs) minimum, maximum of a page's keys
     last_loaded: torch.Tensor | None = None  # (B, n_kv_head, P) int32: mask A; -1: never loaded
     # The output cache. The row at position p has slot p % W, so no row ever moves. The paper keeps
-    # W-1 rows; the slot of the row that the next step pops makes W.
+    # W-1 rows. Ours has one slot more: the oldest row stays until the next step overwrites it.
     out: torch.Tensor | None = None  # (B, W, n_head, hs) outputs of the window's rows
     lse: torch.Tensor | None = None  # (B, W, n_head) natural log-sum-exp over the keys seen
 
@@ -256,12 +258,13 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     """Quest's bound sum_i max(q_i * min_i, q_i * max_i) of the newest row for each page, summed
     over the query heads g of a KV head.
 
-    A head's own bound is never below its largest q.k in the page; the sum (our choice) only ranks.
-    The sum over the group moves inside, because for a <= b
+    Each head's bound is never below its largest q.k in the page. Their sum (our choice) bounds no
+    single head, it only orders the pages. With a = min_i and b = max_i, a <= b, the queries can be
+    summed first:
 
         sum_g max(q_g a, q_g b) = a sum_g min(q_g, 0) + b sum_g max(q_g, 0)
 
-    so a page costs one dot product of length 2 * hs. Only the newest row chooses: the step exists
+    So a page costs one dot product of length 2 * hs. Only the newest row chooses: the step exists
     for its logits, and pages chosen for past rows would be extra reads.
     q (B, W, n_head, hs), rotated -> (B, n_kv_head, pages held) float.
     """
@@ -279,7 +282,7 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
 # 3. select                               paper: section 2.1 (selection), section 2.3 (mask A)
 
 
-def always_loaded(scores: torch.Tensor, config: RetroConfig, t: torch.Tensor) -> torch.Tensor:
+def with_window_first(scores: torch.Tensor, config: RetroConfig, t: torch.Tensor) -> torch.Tensor:
     """A copy of scores (B, n_kv_head, pages held) where the pages that are always loaded score
     infinity."""
     scores = scores.clone()
@@ -297,7 +300,7 @@ def select(
     (B, n_kv_head, S) int32.
     """
     S = cache.config.pages_selected(int(t))
-    scores = always_loaded(scores, cache.config, t)
+    scores = with_window_first(scores, cache.config, t)
     # sort, because topk may return any of several equal pages
     ranked = scores.sort(dim=-1, descending=True, stable=True).indices  # (B, n_kv_head, pages held)
     pages = ranked[..., :S].sort(dim=-1).values  # (B, n_kv_head, S)
@@ -351,7 +354,7 @@ def attend(
     new = loaded_before[:, :, None, :, None] < p  # (B, n_kv_head, W, S, 1)
     visible = (causal & new).flatten(3)[..., None, :]  # (B, n_kv_head, W, 1, S * ps)
 
-    # What lies after t is not part of the text, and may be NaN: a weight of 0 would keep that.
+    # Places after t are not initialised and may be NaN, and 0 * NaN is NaN.
     v = v.masked_fill((j > t)[..., None], 0).flatten(2, 3).to(acc)  # (B, n_kv_head, S * ps, hs)
     k = k.flatten(2, 3).to(acc)  # (B, n_kv_head, S * ps, hs)
     # The W * G rows that share a KV head form one matrix.
@@ -384,13 +387,13 @@ def merge_by_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torc
 
 def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     """Merges the parts o (N, B, W, n_head, hs), lse (N, B, W, n_head) with each other and with the
-    output cache, in place. Returns the rows (B, W, n_head, hs) in the model's dtype.
+    cached outputs, and updates the cache. Returns the rows (B, W, n_head, hs) in the model's dtype.
 
     In the first sparse layer a row's q, k and v are the same at every step, so the result is exact
     attention over the union of the pages that the row has seen. In the layers above, a supplement
     uses the row's corrected query (our choice), and the cached output keeps what older queries saw.
-    The merge is allowed because each part is attention over its own keys: it weighs every part by
-    its own sum of exp.
+    Parts of different queries can still be merged, because each is normalised over its own keys
+    and its lse is its weight.
     """
     if cache.out is None:
         return merge_by_lse(o, lse)[0].to(cache.k.dtype)
@@ -414,7 +417,7 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
 
 class RetroAttention:
     """One layer's cache and its attention. `prefill` starts a text, and each `decode` adds one
-    position; the caller counts the positions. `ops` is the module whose five steps run."""
+    position; the caller counts the positions. `ops` is the module whose functions run."""
 
     def __init__(
         self,
@@ -430,6 +433,9 @@ class RetroAttention:
         dtype: torch.dtype,
     ):
         self.dense = dense
+        q_shape = (batch_size, config.window, n_head, head_size)
+        kv_shape = (batch_size, config.window, n_kv_head, head_size)
+        self.row_shapes = {"q": q_shape, "k": kv_shape, "v": kv_shape}
         query_rows = config.window * n_head // n_kv_head
         self.ops = implementation(config.impl, torch.device(device), dtype, head_size, query_rows)
         self.cache = new_cache(
@@ -464,8 +470,10 @@ class RetroAttention:
         """One step of all W rows, the newest at position t, which lies inside the cache.
 
         q (B, W, n_head, hs), k and v (B, W, n_kv_head, hs), not yet rotated; cos and sin
-        (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs).
+        (max_seq_len, hs / 2). Returns the attention outputs (B, W, n_head, hs). Raises ValueError
+        for other shapes.
         """
+        self.check_rows(q, k, v, t)
         ops, cache = self.ops, self.cache
         q = ops.write(q, k, v, cos, sin, cache, t)
         pages = loaded_before = None  # a dense layer attends to all pages
@@ -473,6 +481,21 @@ class RetroAttention:
             pages, loaded_before = ops.select(ops.score(q, cache, t), cache, t)
         o, lse = ops.attend(q, cache, pages, loaded_before, t)
         return ops.combine(o, lse, cache, t)
+
+    def check_rows(self, q, k, v, t) -> None:
+        """Guards against a decode loop that passes only the newest row: no row would be revised."""
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            found = tuple(x.shape)
+            shape = self.row_shapes[name]
+            what = "(batch, window, heads, head size)"
+            need(found == shape, f"{name} must have shape {shape}, {what}, not {found}")
+        need(isinstance(t, torch.Tensor), f"t must be a 0-dim int64 tensor, not {t!r}")
+
+    def __deepcopy__(self, memo: dict) -> "RetroAttention":
+        """A layer with a cache of its own; `ops`, which has no state of the text, is shared."""
+        twin = copy.copy(self)
+        twin.cache = copy.deepcopy(self.cache, memo)
+        return twin
 
 
 class OpsWrapper:
@@ -518,7 +541,7 @@ capturable = False  # the steps above read t on the host, which a CUDA graph can
 def implementation(
     impl: str, device: torch.device, dtype: torch.dtype, head_size: int, query_rows: int
 ):
-    """The module whose `write` ... `combine` run: this one, or kernels.py. "auto" chooses Triton on
+    """The module whose functions run: this one, or kernels.py. "auto" chooses Triton on
     a GPU if it can run there. `query_rows` is W * G.
 
     Raises ValueError if Triton is requested but cannot run correctly.

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+        hint = "; see --help" if "unrecognized" in message else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n")  # one line, without the usage
 
 
 def add_model_options(add: Callable, retro: RetroConfig, dtype: str = "auto") -> None:
@@ -83,14 +84,6 @@ def parameters(model: Llama) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def choose_threads(config: LlamaConfig, device: torch.device) -> None:
-    """Takes one thread for a small model on a CPU, unless OMP_NUM_THREADS is set. Its products are
-    too small to share: threads wait for each other, above all on a busy machine."""
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        if parameters(skeleton(config)) < 100_000_000:
-            torch.set_num_threads(1)
-
-
 def retro_config(args: argparse.Namespace, window: int) -> RetroConfig:
     return RetroConfig(
         page_size=args.page_size,
@@ -114,12 +107,12 @@ def load(
     config, weights = read_checkpoint(args.checkpoint)
     tok = Tokenizer.from_checkpoint(args.checkpoint)
     check_dense(args.dense_layers, config)
-    choose_threads(config, device)
     return config, weights, tok, device, dtype
 
 
 def read_text(path: str, name: str) -> str:
     """The text of a file, or of stdin for "-". Raises ValueError with `name` if unreadable."""
+    need(path != "-" or sys.stdin is not None, f"{name}: stdin is closed")
     try:
         if path == "-":
             data = sys.stdin.buffer.read()
@@ -135,6 +128,9 @@ def read_text(path: str, name: str) -> str:
 def exit_code(name: str, run: Callable[[], int]) -> int:
     """Runs a command. User errors and lack of memory become one line; anything else is a bug and
     keeps its traceback."""
+    for stream in ("stdout", "stderr"):  # None if it is closed, e.g. in a service
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     try:
@@ -172,6 +168,37 @@ def check_writable(name: str, path: str) -> None:
         raise ValueError(f"{name} {path}: {error.strerror}") from None
     if not exists:
         os.remove(target)
+
+
+class Progress:
+    """Counts steps, and prints the count and an estimate of the time left to stderr: every two
+    seconds on a terminal, else every ten. Prints nothing about what is faster."""
+
+    def __init__(self, what: str, total: int):
+        self.what = what
+        self.total = total
+        self.done = 0
+        self.start = time.perf_counter()
+        self.interval = 2 if sys.stderr.isatty() else 10
+        self.next = self.start + self.interval
+
+    def step(self, *_) -> None:
+        self.done += 1
+        now = time.perf_counter()
+        if now < self.next or self.done >= self.total:
+            return
+        self.next = now + self.interval
+        left = (now - self.start) / self.done * (self.total - self.done)
+        line = f"{self.what}: {self.done} of {self.total}, about {left:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
+
+
+def counted(what: str, steps: Iterable, total: int) -> Iterator:
+    """Yields the steps, with `Progress`."""
+    progress = Progress(what, total)
+    for step in steps:
+        progress.step()
+        yield step
 
 
 def size(nbytes: float) -> str:
@@ -229,7 +256,10 @@ class TextStream:
 
     def __init__(self, tok: Tokenizer, prompt: list[int]):
         self.decode = tok.decode
-        self.ids = prompt[-8:]
+        # A few ids of the prompt, which must not begin inside a character.
+        starts = [prompt[-n:] for n in range(8, 12)]
+        whole = [ids for ids in starts if not self.decode(ids).startswith("\ufffd")]
+        self.ids = (whole or starts)[0]
         self.text = ""
         self.a = 0
         self.b = len(self.ids)
@@ -293,9 +323,11 @@ def report(
     seconds = times[-1] - times[warm - 1]
     pace = f"{sum(tokens[warm:]) / seconds:.1f} tokens/s" if seconds else "too few for a pace"
     context = decoder.model.config.max_seq_len
+    length = prompt_len + len(made)
+    full = ": it is full" if length == context else ""
     lines = [
         f"{sum(tokens)} tokens, {pace}, prompt of {prompt_len} tokens read in "
-        f"{times[0] - start:.2f} s; context {prompt_len + len(made)} of {context}"
+        f"{times[0] - start:.2f} s; context {length} of {context}{full}"
     ]
     # The first token comes out of the prefill, so n tokens took n - 1 decode steps.
     steps = range(prompt_len, prompt_len + len(made) - 1)
@@ -331,8 +363,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--prompt", default="", help="text to continue; FILE:path reads a file, - reads stdin")
-    add("--chat", action="store_true", help="the prompt is a user's message to answer")
+    add("--prompt", default=None, help="text to continue; FILE:path reads a file, - reads stdin")
+    help = "the prompt is a message to answer; without --prompt, a conversation"
+    add("--chat", action="store_true", help=help)
     add("--system", default=None, metavar="TEXT", help="with --chat: a system message in front")
     add("--max_new_tokens", type=int, default=500, help="maximum new tokens")
     add("--num_samples", type=int, default=1, help="texts to generate, as one batch")
@@ -352,17 +385,10 @@ def read_prompt(
     args: argparse.Namespace, config: LlamaConfig, tok: Tokenizer
 ) -> tuple[str, list[int]]:
     """The prompt as it is echoed, and its token ids."""
-    prompt = args.prompt
-    if prompt == "-" or prompt.startswith("FILE:"):
-        path = prompt.removeprefix("FILE:")
-        prompt = read_text(path, f"prompt file {path}")
-    for name, text in (("prompt", prompt), ("system", args.system or "")):
-        invalid = re.search("[\ud800-\udfff]", text)  # Python's marks of invalid bytes
-        need(not invalid, f"{name} is not UTF-8")
+    prompt = resolve("prompt", args.prompt or "")
     need(args.chat or args.system is None, "system: a system message needs --chat")
     if args.chat:
-        messages = [("system", args.system)] if args.system is not None else []
-        ids = tok.chat([*messages, ("user", prompt)])
+        ids = tok.chat([*system_message(args), ("user", prompt)])
     else:
         ids = tok.encode(prompt, bos=True)
     need(ids, "prompt must not be empty: this tokenizer has no begin-of-text token")
@@ -370,6 +396,20 @@ def read_prompt(
     need(known, f"prompt has token {max(ids)}: the vocabulary has only {config.vocab_size}")
     check_prompt(len(ids), config.max_seq_len)
     return "" if args.chat else prompt, ids
+
+
+def resolve(name: str, text: str) -> str:
+    """The text of an option that may be FILE:path or "-"."""
+    if text == "-" or text.startswith("FILE:"):
+        path = text.removeprefix("FILE:")
+        text = read_text(path, f"{name} file {path}")
+    invalid = re.search("[\ud800-\udfff]", text)  # Python's marks of invalid bytes
+    need(not invalid, f"{name} is not UTF-8")
+    return text
+
+
+def system_message(args: argparse.Namespace) -> list[tuple[str, str]]:
+    return [] if args.system is None else [("system", resolve("system", args.system))]
 
 
 def trace_viewer():
@@ -399,6 +439,9 @@ def run(args: argparse.Namespace) -> int:
         retro = replace(retro, window=1, dense_layers=config.n_layer)
     sparse = config.n_layer - retro.dense_layers
     need(sparse or not trace, f"trace: nothing to show, all {config.n_layer} layers are dense")
+    if args.chat and args.prompt is None:
+        need(B == 1 and not trace, "a conversation has one text, and no trace")
+        return converse(args, sampling, retro, config, weights, tok, device, dtype)
     prompt, ids = read_prompt(args, config, tok)
     # The caches are as long as this text, not as the whole context, which can be many gigabytes.
     length = min(len(ids) + args.max_new_tokens, config.max_seq_len)
@@ -406,6 +449,7 @@ def run(args: argparse.Namespace) -> int:
 
     # The model
     model = Llama.from_weights(config, weights, device, dtype)
+    count_layers(model)
     decoder = Decoder(model, B, retro, max_seq_len=length)
     recorder = trace_viewer().Recorder(decoder, tok, len(ids), trace) if trace else None
     print(memory, file=sys.stderr)
@@ -423,6 +467,58 @@ def run(args: argparse.Namespace) -> int:
         lines.append(recorder.save())
     print("\n".join(lines), file=sys.stderr)
     return code
+
+
+def count_layers(model: Llama) -> None:
+    """Prints progress while a long prompt passes through the layers."""
+    progress = Progress("prompt: layer", len(model.layers))
+    for block in model.layers:
+        block.register_forward_hook(progress.step)
+
+
+CHAT_TOKENS = 16_384  # the longest conversation: its caches are allocated at the start
+
+
+def converse(
+    args: argparse.Namespace,
+    sampling: dict,
+    retro: RetroConfig,
+    config: LlamaConfig,
+    weights: dict[str, torch.Tensor],
+    tok: Tokenizer,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Answers each line of stdin, until it ends. Ctrl-C ends an answer, and else the program."""
+    need(sys.stdin is not None, "chat: stdin is closed")
+    messages = system_message(args)
+    length = min(config.max_seq_len, CHAT_TOKENS)
+    print(check_memory(config, retro, 1, length, device, dtype), file=sys.stderr)
+    decoder = Decoder(Llama.from_weights(config, weights, device, dtype), 1, retro, length)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        messages.append(("user", line))
+        ids = tok.chat(messages)
+        # The new turn follows what the caches hold, unless the template writes earlier turns
+        # otherwise than the model did, or a step was interrupted.
+        held = []
+        if decoder.position is not None:
+            held = decoder.tokens[0, : decoder.position + 1].tolist()
+        append = len(held) > 0 and ids[: len(held)] == held
+        new = ids[len(held) :] if append else ids
+        idx = torch.tensor([new], device=device)  # (1, T)
+        steps = decoder.stream(
+            idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens, append=append
+        )
+        text = TextStream(tok, ids)
+        start = time.perf_counter()
+        _, made = show("", steps, [text], tok.stop_tokens)
+        messages.append(("assistant", text.text))
+        read = f"{len(new)} of {len(ids)} tokens read"
+        print(f"[{read}; {report(decoder, len(ids), start, made)[0]}]", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

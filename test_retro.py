@@ -48,6 +48,7 @@ from model import (
     Llama,
     LlamaConfig,
     Tokenizer,
+    choose_threads,
     config_from_params,
     read_checkpoint,
     rope_table,
@@ -568,6 +569,65 @@ def test_a_second_prompt_starts_afresh():
     assert decoder.layers[1].cache.out.isfinite().all()
 
 
+def test_a_failed_call_leaves_no_gap():
+    """An id out of range changes nothing. A step that fails inside may have written into some
+    layers: the decoder refuses to go on until the next prefill."""
+    model = random_model()
+    tokens = random_tokens(1, 40)
+    expected, _ = decode(model, SPARSE, tokens, 20)
+    decoder, _ = start(model, SPARSE, tokens, 20)
+    refused(lambda: decoder.step(torch.tensor([61])), "token id 61 must be between 0 and 60")
+    refused(lambda: decoder.prefill(torch.full((1, 30), 61)), "token id 61")
+    assert torch.equal(decoder.step(tokens[:, 20]), expected[:, 1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder.layers[1], "ops", OpsWrapper(None))  # fails in the second layer
+        with pytest.raises(AttributeError):
+            decoder.step(tokens[:, 21])
+    for call in (decoder.step, partial(next, decoder.stream(tokens, 5, append=True))):
+        refused(partial(call, tokens[:, 21]), "the last call failed: start afresh")
+    decoder.prefill(tokens[:, :20])
+    assert torch.equal(decoder.step(tokens[:, 20]), expected[:, 1])
+
+
+def test_a_copy_of_a_decoder_goes_on_alone():
+    """copy.deepcopy, the usual way to continue a prompt in several ways: the copy shares the model
+    and nothing else."""
+    model = random_model()
+    tokens = random_tokens(2, 40)
+    expected, _ = decode(model, SPARSE, tokens, 20)
+    decoder, _ = start(model, SPARSE, tokens, 20)
+    twin = copy.deepcopy(decoder)
+    assert twin.model is model
+    for i in range(20, 40):
+        decoder.step(tokens[:, i].flip(0))
+        assert torch.equal(twin.step(tokens[:, i]), expected[:, i - 19])
+
+
+@pytest.mark.parametrize("name, message", [
+    ("rows", r"q must have shape \(2, 4, 6, 32\), .* not \(2, 1, 6, 32\)"),
+    ("batch", r"q must have shape .* not \(1, 4, 6, 32\)"),
+    ("heads", r"k must have shape \(2, 4, 2, 32\), .* not \(2, 4, 6, 32\)"),
+    ("t", "t must be a 0-dim int64 tensor, not 20"),
+])  # fmt: skip
+def test_rows_that_do_not_fit_the_cache_are_refused(name, message):
+    """Guards against an ordinary decode loop, which feeds one row: no row would be revised."""
+    q, k, v = random_qkv(T=30)
+    layer = new_layer(SPARSE, q, k)
+    layer.prefill(q[:, :20], k[:, :20], v[:, :20])
+    q, k, v = (x[:, 17:21] for x in (q, k, v))
+    t = torch.tensor(20)
+    if name == "rows":
+        q, k, v = (x[:, -1:] for x in (q, k, v))
+    elif name == "batch":
+        q, k, v = (x[:1] for x in (q, k, v))
+    elif name == "heads":
+        k = q
+    else:
+        t = 20
+    angles = torch.ones(128, 16).double()
+    refused(lambda: layer.decode(q, k, v, angles, angles, t), message)
+
+
 def test_overwriting_changes_only_what_it_should():
     """The first sparse layer's K and V depend on no sparse attention: overwriting writes what was
     there. Those of deeper layers change. Outside the window the cache is untouched, bit for bit."""
@@ -1085,10 +1145,38 @@ def test_generate_and_score(retro, prompt_len):
     close(found, logps, 1e-5)
 
 
+def test_appended_tokens_follow_the_text():
+    """`stream` with append goes on where the last one ended: the same as steps by hand, and the
+    context counts the whole text."""
+    model = random_model()
+    tokens = random_tokens(2, 50)
+    decoder, _ = start(model, SPARSE, tokens, 20)
+    new = list(decoder.stream(tokens[:, 20:30], 5, temperature=0, append=True))
+    logits, other = decode(model, SPARSE, tokens[:, :30], 20)
+    expected = [logits[:, -1].argmax(-1)]
+    for _ in range(4):
+        expected.append(other.step(expected[-1]).argmax(-1))
+    assert torch.equal(torch.stack(new), torch.stack(expected))
+    decoder, _ = start(random_model(max_seq_len=40), SPARSE, tokens, 20)
+    message = "the prompt has 40 tokens, must have 1 to 39"
+    refused(partial(next, decoder.stream(tokens[:, 20:40], 5, append=True)), message)
+    assert len(list(decoder.stream(tokens[:, 20:30], 50, append=True))) == 10
+
+
+def test_generation_under_autocast():
+    """Within bfloat16's rounding of the text's scores without it."""
+    model = random_model().float()
+    tokens = random_tokens(1, 40)
+    for retro in (None, SPARSE):
+        expected = model.score(tokens, 20, retro)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (model.score(tokens, 20, retro) - expected).abs().max() < 0.5
+
+
 @pytest.mark.parametrize("temperature, top_k, top_p, weights", [  # of probabilities .4 .3 .2 .1
     (1, None, None, [4, 3, 2, 1]), (0.5, None, None, [16, 9, 4, 1]), (1, 3, None, [4, 3, 2, 0]),
     (1, 9, None, [4, 3, 2, 1]), (1, None, 0.65, [4, 3, 0, 0]), (1, None, 0.75, [4, 3, 2, 0]),
-    (1, None, 1.0, [4, 3, 2, 1]), (1, 3, 0.35, [1, 0, 0, 0]), (1, None, 1e-46, [1, 0, 0, 0]),
+    (1, None, 1.0, [4, 3, 2, 1]), (1, 3, 0.75, [4, 3, 0, 0]), (1, None, 1e-46, [1, 0, 0, 0]),
 ])  # fmt: skip
 def test_sampling_frequencies(temperature, top_k, top_p, weights):
     """temperature, top_k and top_p against their definitions, by counting; the ids are not in order
@@ -1209,6 +1297,9 @@ def test_a_rope_factor_of_zero_is_refused():
     ({"idx": torch.ones(3)}, r"not torch.float32 \(3,\)"),
     ({"retro": RetroConfig(impl="triton")}, "impl triton: on cpu set TRITON_INTERPRET=1"),
     ({"retro": RetroConfig(dense_layers=4)}, "dense_layers must be between 0 and .+ 3 layers"),
+    ({"retro": "quest"}, "retro must be a RetroConfig, or None for full attention, not 'quest'"),
+    ({"idx": torch.tensor([[3, 61]])}, "token id 61 must be between 0 and 60"),
+    ({"idx": torch.tensor([[3, -1]])}, "token id -1 must be between 0 and 60"),
 ])  # fmt: skip
 def test_generate_refuses_what_is_out_of_range(arguments, message, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -1271,6 +1362,9 @@ def test_chat(tmp_path):
     text = "<|begin_of_text|>" + user + assistant + user + turn.format("assistant", "")
     conversation = [("user", " the?\n"), ("assistant", "so"), ("user", "the?")]  # ends are stripped
     assert tok.chat(conversation) == tok.encode(text, special=True)
+    dictionaries = [{"role": role, "content": said} for role, said in conversation]
+    assert tok.chat(dictionaries) == tok.chat(conversation)
+    refused(lambda: tok.chat([{"role": "user"}]), "a message must have a text, not None")
     assert tok.chat([("user", "<|eot_id|>")]).count(tok.special["<|eot_id|>"]) == 1
     message = "a role must be system, user or assistant, not 'tool'"
     refused(lambda: tok.chat([("tool", "the?")]), message)
@@ -1410,6 +1504,14 @@ def test_a_damaged_folder_is_refused(tmp_path, change, message):
     change(folder)
     refused(load, message)
     assert not (folder / "trap").exists()
+
+
+def test_lack_of_memory_is_not_called_a_broken_file(monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("unable to mmap 1 bytes from file <x>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "load", fail)
+    refused(lambda: read_checkpoint(TINY), "not enough memory to map it")
 
 
 def test_hugging_face_needs_extras(tmp_path, monkeypatch):
@@ -1579,9 +1681,10 @@ def test_decode_shows_whole_steps_beside_the_bytes(measure):
 @pytest.mark.parametrize("args, message", [  # a row for each way that a value is checked
     ("nonsense", "invalid choice: 'nonsense'"),
     ("quality --budget much", "--budget: invalid float"),
-    ("kernels --settings 1024", "invalid setting value: '1024'"),
-    ("kernels --settings 64x1", "must have a context >= 256 and a batch >= 1, not 64x1"),
-    ("decode --settings 1024x0", "a batch >= 1, not 1024x0"),
+    ("kernels --settings 1024", "must be CONTEXTxBATCH .* e.g. 32768x8, not 1024"),
+    ("kernels --settings 64x1", "a context >= 256 and a batch >= 1, e.g. 32768x8, not 64x1"),
+    ("decode --settings 1024x0", "a batch >= 1, .* not 1024x0"),
+    ("", "the following arguments are required: {quality,kernels,decode}"),
     ("quality --windows 2 0", "windows: must be >= 1, not 0"),
     ("quality --passages 1", "passages: must be >= 2, not 1"),
     ("decode --dense_layers 11 --shape tiny", "between 0 and the model's 10 layers, not 11"),
@@ -1697,14 +1800,16 @@ def test_a_small_model_takes_one_thread_unless_the_user_sets_the_number(monkeypa
     overridden."""
     found = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
-    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: os.cpu_count())
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    sample.choose_threads(bench.SHAPES["tiny"], cpu)
-    assert found == []
+    Llama.from_checkpoint(TINY)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    sample.choose_threads(bench.SHAPES["8b"], cpu)
+    choose_threads(200_000_000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: os.cpu_count() + 1)
+    Llama.from_checkpoint(TINY)
     assert found == []
-    sample.choose_threads(bench.SHAPES["tiny"], cpu)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: os.cpu_count())
+    Llama.from_checkpoint(TINY)
     assert found == [1]
 
 
@@ -1740,7 +1845,9 @@ def test_the_end_of_the_context(capsys, monkeypatch):
 @pytest.mark.parametrize("options, message", [  # a row for each way that a value is checked
     ("--window two", "--window: invalid int"),
     ("--impl cuda", "--impl: invalid choice"),
-    ("--max_new_token_s 3", "unrecognized arguments"),
+    ("--max-new-tokens 3", "unrecognized arguments: --max-new-tokens 3; see --help"),
+    ("--chat --system FILE:nowhere", "system file nowhere: No such file"),
+    ("--checkpoint README.md", "README.md: must be a folder; download"),
     ("--num_samples 0", "num_samples must be >= 1"),
     ("--window 5000", "window must be .* from 1 to 256, not 5000"),
     ("--top_p 0", "top_p must be"),
@@ -1751,7 +1858,7 @@ def test_the_end_of_the_context(capsys, monkeypatch):
     ("--prompt FILE:tiny/consolidated.00.pth", "not UTF-8 at byte"),
     ("--prompt \udcff", "prompt is not UTF-8"),
     ("--system be", "a system message needs --chat"),
-    ("--checkpoint nowhere", "checkpoint nowhere: no such folder"),
+    ("--checkpoint org/nowhere", "checkpoint org/nowhere: no such folder; download a model's"),
     ("--device abacus", "no device 'abacus'; this machine has .*cpu"),
     ("--device cuda:77", "no device 'cuda:77'; this machine has .*cpu"),
 ])  # fmt: skip
@@ -1764,6 +1871,67 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, unloaded, options, message):
 def test_trace_needs_extras(capsys, monkeypatch, unloaded):
     monkeypatch.setitem(sys.modules, "extras", None)
     refused_in_a_line(command(capsys, "--trace x.html"), "--trace needs extras/viewer.py")
+
+
+def test_a_conversation(capsys, monkeypatch):
+    """Turns from stdin, each in the format of the whole conversation. What the caches hold is not
+    read again, so each turn reads only its own tokens, and the end of the last one."""
+    tok = Tokenizer.from_checkpoint(TINY)
+    seen = []
+
+    def stream(decoder, idx, *args, append=False, **options):
+        seen.append((append, idx[0].tolist()))
+        decoder.prefill(idx) if not append else [decoder.step(token) for token in idx.T]
+        answer = [*tok.encode("Quite."), tok.special["<|eot_id|>"]]
+        for token in answer[:-1]:
+            yield torch.tensor([token])
+            decoder.step(torch.tensor([token]))
+        yield torch.tensor(answer[-1:])
+
+    monkeypatch.setattr(Decoder, "stream", stream)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\nWhy?\n\n"))
+    args = "--chat --system Brief. --min_tokens 16 --device cpu"
+    code, out, report = run_main(sample.main, args.split(), capsys)
+    assert code == 0 and out == "Quite.\n" * 3
+    messages = [("system", "Brief."), ("user", "Hello.")]
+    whole = tok.chat(messages)
+    assert seen[0] == (False, whole)
+    for (append, ids), question in zip(seen[1:], ("Why?", ""), strict=True):
+        held = [*whole, *tok.encode("Quite.")]
+        messages += [("assistant", "Quite."), ("user", question)]
+        whole = tok.chat(messages)
+        assert append and held + ids == whole
+        assert f"{len(ids)} of {len(whole)} tokens read" in report
+    seen.clear()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\nWhy?\n"))
+    chat = tok.chat
+    monkeypatch.setattr(Tokenizer, "chat", lambda self, said: [*chat(said), len(said)])
+    run_main(sample.main, args.split(), capsys)
+    assert [append for append, _ in seen] == [False, False]  # the template changes earlier turns
+
+
+def test_progress_has_a_count_and_an_estimate(capsys, monkeypatch):
+    """Every ten seconds where stderr is no terminal; nothing on a fast run."""
+    clock = iter([0, *range(4, 100, 4)])
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
+    assert list(sample.counted("x", "abcdefgh", 8)) == list("abcdefgh")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["x: 3 of 8, about 20 s left", "x: 6 of 8, about 8 s left"]
+    model = Llama.from_checkpoint(TINY)
+    clock = iter([0, *range(4, 400, 4)])
+    sample.count_layers(model)
+    model.generate(random_tokens(1, 9), 3)
+    assert capsys.readouterr().err.count("prompt: layer") == 3
+
+
+def test_closed_streams(monkeypatch, capsys):
+    """A stream that is closed is None in Python. Guards against a report among the text."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", None)
+    options = "--prompt - --max_new_tokens 3 --device cpu"
+    assert sample.main(options.split()) == 2
+    options = "--prompt It --max_new_tokens 3 --device cpu"
+    assert sample.main(options.split()) == 0
 
 
 def run_python(*args):

@@ -29,7 +29,7 @@ import bench
 import sample
 from extras.viewer import Step, revisions, watch
 from model import Decoder, Llama
-from retro_attention import RetroConfig, always_loaded, need
+from retro_attention import RetroConfig, with_window_first, need
 
 # --------------------------------------------------------------------------------------------------
 # exposure
@@ -67,7 +67,7 @@ def page_overlaps(
     ranks = {}  # sparse layer -> the ranks of each step
 
     def look(i: int, step: Step) -> None:
-        scores = always_loaded(step.scores, retro, step.t)  # (B, n_kv_head, pages held)
+        scores = with_window_first(step.scores, retro, step.t)  # (B, n_kv_head, pages held)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         ranks.setdefault(i, []).append(order.argsort(dim=-1))
 

@@ -119,8 +119,12 @@ def check(args: list[str], n: int) -> Path:
     parser = argparse.ArgumentParser(add_help=False)  # knows abbreviations, and --device=cpu
     parser.add_argument("--device", nargs="?")
     parser.add_argument("--trace", nargs="?", const="")
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--prompt", nargs="?")
     options, _ = parser.parse_known_args(args[1:])
     need(options.trace is None, "--trace would show the heads of one process: use one process")
+    talks = options.chat and options.prompt is None
+    need(not talks, "a conversation needs one process: --chat without --prompt")
     gpus = torch.cuda.device_count()
     if gpus and options.device != "cpu":
         need(n <= gpus, f"at most {gpus} processes, one for each GPU of this machine, not {n}")

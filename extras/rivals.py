@@ -27,7 +27,7 @@ import retro_attention
 import sample
 from bench import Method
 from model import Decoder, Llama
-from retro_attention import LayerCache, OpsWrapper, RetroConfig, always_loaded, apply_rope
+from retro_attention import LayerCache, OpsWrapper, RetroConfig, with_window_first, apply_rope
 
 SINKS = 4  # StreamingLLM's first tokens, which take the attention that has nowhere to go
 REFRESH = 32  # steps from one dense pass of RefreshKV or ReSA to the next
@@ -228,7 +228,7 @@ class SelectionReuse(OpsWrapper):
 
     def score(self, q, cache, t):
         if (int(t) - self.prompt_len) % 2 == 0:
-            scores = always_loaded(self.ops.score(q, cache, t), cache.config, t)
+            scores = with_window_first(self.ops.score(q, cache, t), cache.config, t)
             # No infinity: a page always loaded now must not outrank one that is always loaded at
             # the next step.
             self.scores = scores.clamp(max=1e30)  # (B, n_kv_head, pages held)
