@@ -432,19 +432,17 @@ class Decoder:
         self.retro = retro
         self.max_seq_len = n
         self.rope = rope_table(config, n, **like)
-        self.layers = [
-            RetroAttention(
-                retro,
-                dense=i < retro.dense_layers,
-                batch_size=batch_size,
-                n_head=config.n_head,
-                n_kv_head=config.n_kv_head,
-                head_size=config.head_size,
-                max_seq_len=n,
-                **like,
-            )
-            for i in range(config.n_layer)
-        ]
+        layer = partial(
+            RetroAttention,
+            retro,
+            batch_size=batch_size,
+            n_head=config.n_head,
+            n_kv_head=config.n_kv_head,
+            head_size=config.head_size,
+            max_seq_len=n,
+            **like,
+        )
+        self.layers = [layer(dense=i < retro.dense_layers) for i in range(config.n_layer)]
         device = weight.device
         # (B, max_seq_len)
         self.tokens = torch.zeros(batch_size, n, dtype=torch.long, device=device)
@@ -545,11 +543,7 @@ class Decoder:
             start = self.position + 1
         check_prompt(start + T, self.max_seq_len)
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
-        generator = torch.Generator(device=idx.device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+        generator = seeded_generator(seed, idx.device)
         stops = torch.tensor(stop_tokens, dtype=torch.long, device=idx.device)
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)  # (B,)
         if append:
@@ -568,6 +562,15 @@ class Decoder:
             yield token
             if len(stops) and ended.all():
                 return
+
+
+def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
+    generator = torch.Generator(device=device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 def check_finite(logits: torch.Tensor) -> None:

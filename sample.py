@@ -425,12 +425,7 @@ def run(args: argparse.Namespace) -> int:
     # The arguments: all mistakes surface before the weights are read.
     B = args.num_samples
     need(B >= 1, f"num_samples must be >= 1, not {B}")
-    sampling = {
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "seed": args.seed,
-    }
+    sampling = {name: vars(args)[name] for name in ("temperature", "top_k", "top_p", "seed")}
     check_sampling(args.max_new_tokens, **sampling)
     retro = retro_config(args, window=1 if args.attention == "quest" else args.window)
     trace = trace_viewer().check_path(args.trace) if args.trace is not None else None
@@ -471,7 +466,7 @@ def run(args: argparse.Namespace) -> int:
 
 def count_layers(model: Llama) -> None:
     """Prints progress while a long prompt passes through the layers."""
-    progress = Progress("prompt: layer", len(model.layers))
+    progress = Progress("prompt, layers", len(model.layers))
     for block in model.layers:
         block.register_forward_hook(progress.step)
 

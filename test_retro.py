@@ -1921,7 +1921,7 @@ def test_progress_has_a_count_and_an_estimate(capsys, monkeypatch):
     clock = iter([0, *range(4, 400, 4)])
     sample.count_layers(model)
     model.generate(random_tokens(1, 9), 3)
-    assert capsys.readouterr().err.count("prompt: layer") == 3
+    assert capsys.readouterr().err.count("prompt, layers: ") == 3
 
 
 def test_closed_streams(monkeypatch, capsys):
