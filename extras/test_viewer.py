@@ -15,7 +15,17 @@ import pytest
 import torch
 
 import retro_attention
-from extras.viewer import PastRows, Recorder, Step, check_path, moved, revisions, watch
+from extras.viewer import (
+    PastRows,
+    Recorder,
+    Step,
+    check_path,
+    moved,
+    revisions,
+    rounded,
+    steps_that_fit,
+    watch,
+)
 from model import Decoder, Llama, Tokenizer
 from retro_attention import OpsWrapper, RetroConfig
 from test_retro import (
@@ -174,9 +184,21 @@ def test_the_lists_of_the_kernels_are_trimmed():
 class Names:
     """A tokenizer of names that would end the page's script."""
 
+    stop_tokens = []
+
     @staticmethod
     def decode(ids):
         return "".join(f"</script>{token}" for token in ids)
+
+
+class Bytes:
+    """A tokenizer of bytes, of which the letter q ends a text."""
+
+    stop_tokens = [ord("q")]
+
+    @staticmethod
+    def decode(ids):
+        return bytes(ids).decode(errors="replace")
 
 
 def recorded(path):
@@ -190,18 +212,16 @@ def recorded(path):
     return json.loads(data, parse_constant=refuse)
 
 
-def record(model, retro, tokens, prompt_len, path):
-    """Decodes (B, T) tokens under a recorder; returns the run that its page holds."""
+def record(model, retro, tokens, prompt_len, path, tok=Names):
+    """Decodes (B, T) tokens under a recorder; returns the line on the page, and the run in it."""
     decoder = Decoder(model, len(tokens), retro, max_seq_len=80)
-    recorder = Recorder(decoder, Names, prompt_len, path)
+    recorder = Recorder(decoder, tok, prompt_len, path)
     decoder.prefill(tokens[:, :prompt_len])
     for token in tokens[:, prompt_len:].T:
         decoder.step(token)
     line = recorder.save()
-    steps = tokens.shape[1] - prompt_len
-    size = f"{path.stat().st_size / 1e6:.3g} MB"
-    assert line == f"--trace: {steps} steps written to {path}, {size}"
-    return recorded(path)
+    assert f" written to {path}, {path.stat().st_size / 1e6:.3g} MB" in line
+    return line, recorded(path)
 
 
 def check_head(found, step, cache, h):
@@ -230,7 +250,8 @@ def test_the_page_holds_what_a_run_did(tmp_path, window):
     model = random_model()
     tokens = random_tokens(2, 26)
     retro = replace(SPARSE, window=window)
-    run = record(model, retro, tokens, 21, tmp_path / "run.html")
+    line, run = record(model, retro, tokens, 21, tmp_path / "run.html")
+    assert re.fullmatch(r"--trace: 5 steps written to \S+, \S+ MB", line)
     steps = run.pop("steps")
     assert run == {
         "window": window,
@@ -253,15 +274,18 @@ def test_the_page_holds_what_a_run_did(tmp_path, window):
 
 
 def test_a_head_of_zeros_has_not_moved(tmp_path):
-    """Guards against NaN in the page: 0 / 0 where a key, value or output has no length."""
+    """Guards against NaN in the page: 0 / 0 where a key, value or output has no length, and a
+    number that is not finite, which would lose the whole page."""
     model = random_model()
     for name, w in model.weights().items():
         if name in ("layers.2.attention.wk.weight", "layers.2.attention.wv.weight"):
             w[32:] = 0  # the second KV head
-    run = record(model, SPARSE, random_tokens(1, 30), 21, tmp_path / "run.html")
+    run = record(model, SPARSE, random_tokens(1, 30), 21, tmp_path / "run.html")[1]
     heads = [step["layers"]["2"] for step in run["steps"]]
     zeros = [head[1][name] for head in heads for name in ("output", "k", "v")]
     assert not np.any(zeros) and np.any([head[0]["k"] for head in heads])
+    x = torch.tensor([1.23456, torch.nan, torch.inf, -torch.inf], dtype=torch.float64)
+    assert rounded(x) == [1.235, None, None, None]
 
 
 class Interrupted(OpsWrapper):
@@ -302,18 +326,94 @@ def test_an_interrupted_step_is_left_out_and_a_new_text_starts_afresh(tmp_path):
         (1, 21),
         (2, 21),
     ]
-    assert recorded(path) == record(model, SPARSE, tokens[1:, :22], 21, tmp_path / "other.html")
+    other = record(model, SPARSE, tokens[1:, :22], 21, tmp_path / "other.html")[1]
+    assert recorded(path) == other
+
+
+def test_a_character_is_shown_by_the_token_that_completes_it(tmp_path):
+    """Guards against U+FFFD for each part of a character, in the prompt, across its end, and after
+    it. A broken byte stays broken."""
+    model = random_model(vocab_size=256)
+    text = "é 日本 </script> שלום 🙂".encode() + b"\xff!"
+    tokens = torch.tensor([list(text)])
+    for prompt_len in (8, 30):  # inside 本; after ש
+        run = record(model, SPARSE, tokens, prompt_len, tmp_path / "run.html", Bytes)[1]
+        assert len(run["tokens"]) == len(text)
+        assert "".join(run["tokens"]) == text.decode(errors="replace")
+        assert run["tokens"][:7] == ["", "é", " ", "", "", "日", ""]
+        assert run["tokens"][-6:] == ["", "", "", "🙂", "", "\ufffd!"]
+
+
+def test_a_text_ends_before_its_stop_token(tmp_path):
+    """Guards against steps of the padding behind the first text's end, and against an end at a stop
+    token of the prompt or of another text."""
+    model = random_model(vocab_size=256)
+    texts = (b"a qualm, and then: quick", b"another text with no end")
+    tokens = torch.tensor([list(text) for text in texts])
+    path = tmp_path / "run.html"
+    line, run = record(model, SPARSE, tokens, 12, path, Bytes)
+    assert line.startswith("--trace: 7 steps written to ")
+    assert "".join(run["tokens"]) == "a qualm, and then: "
+    assert [step["t"] for step in run["steps"]] == list(range(12, 19))
+    line, run = record(model, SPARSE, tokens.flip(0), 12, path, Bytes)
+    assert "".join(run["tokens"]) == texts[1].decode() and len(run["steps"]) == 12
+    decoder, _ = start(model, SPARSE, tokens, 19)
+    recorder = Recorder(decoder, Bytes, 19, tmp_path / "none.html")
+    decoder.step(tokens[:, 19])
+    assert "there was no decode step" in recorder.save()
 
 
 def test_the_page_has_a_limit_of_steps(tmp_path, monkeypatch):
-    """Guards against a page that grows with the text, and steps left out at its start."""
+    """Guards against a page that grows with the text, steps left out at its start, and a line that
+    does not say what is missing."""
     monkeypatch.setattr(Recorder, "max_steps", 2)
     decoder = Decoder(random_model(), 1, SPARSE, max_seq_len=80)
     recorder = Recorder(decoder, Names, 21, tmp_path / "run.html")
     list(decoder.stream(random_tokens(1, 21), 6, temperature=0))
-    assert recorder.save().startswith("--trace: 2 steps written")
+    line = recorder.save()
+    assert line.startswith("--trace: the first 2 of 5 steps written to ")
+    assert line.endswith(" MB: the page is limited to 2 steps")
     run = recorded(tmp_path / "run.html")
     assert [step["t"] for step in run["steps"]] == [21, 22] and len(run["tokens"]) == 23
+
+
+@pytest.mark.parametrize("window, page_size", [(1, 1), (4, 8), (40, 2)])
+def test_the_page_has_a_limit_of_size(tmp_path, monkeypatch, window, page_size):
+    """Guards against a page that no browser opens, and an estimate that leaves much of it empty."""
+    model = random_model()
+    retro = replace(SPARSE, window=window, page_size=page_size)
+    monkeypatch.setattr(Recorder, "max_bytes", 40_000)
+    path = tmp_path / "run.html"
+    line, run = record(model, retro, random_tokens(1, 45), 21, path)
+    n = len(run["steps"])
+    assert 1 < n < 24 and 30_000 < path.stat().st_size < 40_000
+    assert line.startswith(f"--trace: the first {n} of 24 steps written to ")
+    assert line.endswith(" MB: the page is limited to 0.04 MB")
+    monkeypatch.setattr(Recorder, "max_bytes", 1)
+    line, run = record(model, retro, random_tokens(1, 24), 21, path)
+    assert "the first 1 of 3 steps" in line and len(run["steps"]) == 1
+
+
+def test_how_many_steps_fit_into_the_page():
+    """Pages of an 8B model's 30 sparse layers at 32k and at 128k, and of a model of 30 layers at
+    318 pages, where 20 steps took 3.9 MB."""
+    for heads, t, most in ((240, 2**15, 12), (240, 2**17, 3), (84, 5088, 200)):
+        assert steps_that_fit(RetroConfig(), heads, range(t, t + 200), 50_000_000) == most
+    assert 15 <= steps_that_fit(RetroConfig(), 84, range(5088, 5288), 3_900_000) <= 20
+
+
+def test_a_page_that_cannot_be_written_is_a_line(tmp_path):
+    """Guards against the loss of the report that the line stands in."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    decoder = Decoder(random_model(), 1, SPARSE, max_seq_len=80)
+    recorder = Recorder(decoder, Names, 21, folder / "run.html")
+    list(decoder.stream(random_tokens(1, 21), 3, temperature=0))
+    folder.rmdir()
+    wanted = f"--trace: {folder / 'run.html'} could not be written: No such file or directory"
+    assert recorder.save() == wanted
+    folder.mkdir()
+    assert recorder.save().startswith("--trace: 2 steps written to ")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -356,13 +456,13 @@ def test_a_recorder_checks_its_path_first():
 def test_trace_leaves_the_text_alone(capsys, tmp_path):
     """On stdout only the text, in the report a line on the page. Two texts: the first is shown."""
     path = tmp_path / "run.html"
-    options = "--window 3 --dense_layers 1 --num_samples 2"
+    options = "--window 3 --dense_layers 1 --num_samples 2 --max_new_tokens 8"
     code, text, report = command(capsys, options, "--trace", str(path))
     assert code == 0 and text == command(capsys, options)[1]
-    assert f"\n--trace: 15 steps written to {path}, " in report
+    assert f"\n--trace: 7 steps written to {path}, " in report
     run = recorded(path)
     assert "".join(run["tokens"]) in "<|begin_of_text|>" + text and run["window"] == 3
-    assert run["layers"] == list(range(1, 10)) and len(run["steps"]) == 15
+    assert run["layers"] == list(range(1, 10)) and len(run["steps"]) == 7
     path.unlink()
     code, _, report = command(capsys, "--max_new_tokens 1", "--trace", str(path))
     assert code == 0 and f"nothing to write to {path}" in report and not path.exists()
@@ -383,64 +483,114 @@ def test_a_mistake_in_trace_is_one_clear_line(capsys, monkeypatch, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # In a browser
 
+# Collects what the page shows at its start and after keys and a new address. `faults` are numbers
+# cut or with uneven decimals, dots outside of their drawing, and panels with overflow.
 PRESS = """<script>
-const found = [];
-onerror = message => found.push(message);
+const found = [], faults = [];
+onerror = message => faults.push(message);
 const text = id => document.getElementById(id).textContent;
-const look = () => found.push(text("where") + "; " + text("chosen"));
+const widths = x => {
+  const range = document.createRange();
+  range.selectNodeContents(x);
+  return [range.getBoundingClientRect().width, x.getBoundingClientRect().width];
+};
+const look = () => {
+  found.push(text("where") + "; " + text("chosen"));
+  const ages = [...document.querySelectorAll("#ages .cell")];
+  for (const x of ages.filter(x => widths(x)[0] > widths(x)[1])) faults.push("cut: " + x.title);
+  const empty = ages.filter(x => !x.textContent).length;
+  const all = ages.length;
+  if (text("aged").includes(`${empty} of ${all} do not fit`) !== empty > 0) faults.push("caption");
+  found.push(empty === 0 ? "no number" : empty === all ? "all numbers" : "some numbers");
+  const columns = [...document.querySelectorAll("#touched td:nth-child(n+3)")];
+  const decimals = columns.map(x => x.textContent.split(".")[1]?.length);
+  if (new Set(decimals.filter(n => n)).size > 1) faults.push("decimals: " + decimals);
+  const edge = document.querySelector("svg").viewBox.baseVal.width;
+  for (const dot of document.querySelectorAll("circle")) {
+    const [x, r] = ["cx", "r"].map(name => +dot.getAttribute(name));
+    if (!(r > 0 && x - r >= 0 && x + r <= edge)) faults.push(`dot at ${x}, radius ${r}`);
+  }
+  for (const panel of document.querySelectorAll("section"))
+    if (panel.scrollWidth > panel.clientWidth) faults.push("wide: " + panel.textContent);
+};
 const press = key =>
   document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 onload = () => {
   look();
-  for (const key of ["Home", "ArrowRight", "ArrowRight"]) { press(key); look(); }
+  for (const key of ["Home", "ArrowRight", "ArrowRight", "End"]) { press(key); look(); }
   const cell = document.querySelector("#attend .row:nth-child(2) .cell.seen");
   cell.dispatchEvent(new MouseEvent("mouseenter"));
-  found.push(text("reason"));
-  const x = document.createElement("pre");
-  x.id = "found"; x.textContent = JSON.stringify(found); document.body.append(x);
+  found.push(text("reason"), text("wrote"), text("text"));
+  document.body.style.width = "260px";
+  dispatchEvent(new Event("resize"));
+  look();
+  document.body.style.width = "";
+  addEventListener("hashchange", () => {
+    look();
+    const x = document.createElement("pre");
+    x.id = "found"; x.textContent = JSON.stringify([found, faults]); document.body.append(x);
+  });
+  location.hash = "#2";
 };
 </script>"""
 NAMES = ("chromium", "google-chrome", "chromium-browser")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
+# What breaks a page: markup, another direction, parts of characters, control characters.
+ODD = "</script><b> שלום 🙂 \x00\x1b[31m \u202etxet " + "_" * 40 + "🙂"
 
 
 def found_in_browser(path, profile):
-    """What PRESS finds in the page."""
+    """What PRESS finds in the page: texts, and faults."""
     text = path.read_text(encoding="utf-8").replace("</head>", PRESS + "</head>")
     path.write_text(text, encoding="utf-8")
     quiet = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
-    options = [*quiet.split(), "--dump-dom", f"--user-data-dir={profile}"]
+    options = [*quiet.split(), "--window-size=1280,900", "--virtual-time-budget=20000"]
+    options += ["--dump-dom", f"--user-data-dir={profile}"]
     page = subprocess.run([BROWSER, *options, path.as_uri()], capture_output=True, timeout=120)
     return json.loads(
-        html.unescape(re.search('<pre id="found">(.*?)</pre>', page.stdout.decode())[1])
+        html.unescape(re.search('<pre id="found">(.*?)</pre>', page.stdout.decode(), re.S)[1])
     )
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium: the page is not opened")
 def test_the_page_steps_and_explains(tmp_path):
-    """No error, it opens where something is new, the arrow key leads on, the pages shown are those
-    that an independent run loads, and a cell explains what it shows."""
+    """No error, it opens where something is new, keys and the address lead on, the pages shown are
+    those that an independent run loads, and a cell explains what it shows. Guards against a window
+    that leaves no room for the dots, ages cut to other numbers, and odd text in the page."""
     path = tmp_path / "run.html"
     model = Llama.from_checkpoint(TINY)
     tok = Tokenizer.from_checkpoint(TINY)
-    ids = tok.encode((TINY.parent / "LICENSE").read_text(), bos=True)
+    prompt = (TINY.parent / "LICENSE").read_text() + ODD
+    ids = tok.encode(prompt, bos=True)
     idx = torch.tensor([ids])
-    retro = RetroConfig(min_tokens=64, window=3, dense_layers=1)
+    retro = RetroConfig(min_tokens=64, window=48, page_size=8, dense_layers=7)
     decoder = Decoder(model, 1, retro)
     recorder = Recorder(decoder, tok, len(ids), path)
-    list(decoder.stream(idx, 6, temperature=0))
-    assert "5 steps written" in recorder.save()
-    steps = recorded(path)["steps"]
-    new = next(step["t"] for step in steps if any(step["layers"]["1"][0]["new"]))
-    opened, *found = found_in_browser(path, tmp_path / "user")
-    assert opened.startswith(f"step t = {new} (") and len(found) == 4, found
+    list(decoder.stream(idx, 13, temperature=0))
+    assert "12 steps written" in recorder.save()
+    run = recorded(path)
+    new = next(step["t"] for step in run["steps"] if any(step["layers"]["7"][0]["new"]))
+    found, faults = found_in_browser(path, tmp_path / "user")
+    assert not faults
+    assert found.pop(0).startswith(f"step t = {new} (") and found.pop(0) == "no number"
+    shown = {}
     decoder = Decoder(model, 1, retro)
     token = decoder.prefill(idx).argmax(-1)
-    for i, line in enumerate(found[:3], 1):
+    for i in range(1, 13):
         token = decoder.step(token).argmax(-1)
         t = decoder.position
-        pages = (decoder.layers[1].cache.last_loaded[0, 0] == t).nonzero()[:, 0].tolist()
-        loaded = f"loaded {len(pages)} of {t // 16 + 1} pages: "
-        assert line == f"step t = {t} ({i} of 5); {loaded}{' '.join(map(str, pages))}"
+        pages = (decoder.layers[7].cache.last_loaded[0, 0] == t).nonzero()[:, 0].tolist()
+        loaded = f"loaded {len(pages)} of {t // 8 + 1} pages: {' '.join(map(str, pages))}"
+        shown[i] = f"step t = {t} ({i} of 12); {loaded}"
+    empty = ["no number", "no number", "no number", "some numbers"]
+    for i, count in zip((1, 2, 3, 12), empty, strict=True):
+        assert (found.pop(0), found.pop(0)) == (shown[i], count)
     reason = r"Row t-1: last loaded at step \d+, this row stands at \d+: seen\.page \d+, positions"
-    assert re.match(reason, found[3])
+    assert re.match(reason, found.pop(0))
+    rows = found.pop(0)  # labelled by their tokens
+    assert "'◌'" in rows and "'🙂'" in rows
+    wanted = "".join(run["tokens"]).replace("\0", r"\u0000").replace("\x1b", r"\u001b")
+    text = found.pop(0)
+    assert text.replace("◌", "") == wanted.replace("\u202e", r"\u202e")
+    assert "</script><b> שלום 🙂 " in text and "◌🙂" in text
+    assert found == [shown[12], "all numbers", shown[2], "no number"]

@@ -10,6 +10,7 @@ Shapes as in retro_attention.py; R is the number of past rows, W-1 or fewer at t
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,8 @@ from pathlib import Path
 import torch
 
 from model import Decoder, Tokenizer
-from retro_attention import LayerCache, OpsWrapper, need, row_positions
-from sample import check_writable
+from retro_attention import LayerCache, OpsWrapper, RetroConfig, need, row_positions
+from sample import TextStream, check_writable
 
 # --------------------------------------------------------------------------------------------------
 # One step in one layer
@@ -148,29 +149,56 @@ def check_path(path: str | Path) -> Path:
     return Path(path)
 
 
+def steps_that_fit(retro: RetroConfig, heads: int, steps: range, max_bytes: int) -> int:
+    """How many of these steps, given by their positions, fit into about `max_bytes` of the page,
+    with the tokens before them; at least 1. `heads` counts the KV heads of all sparse layers."""
+    page = 8 * steps.start  # a token takes about 8 bytes, a number about 7
+    for n, t in enumerate(steps):
+        held = retro.pages_held(t)
+        touched = held - retro.first_window_page(t)
+        rows = min(t, retro.window - 1)
+        numbers = held + retro.pages_selected(t) + 2 * touched + 5 * rows
+        page += heads * (100 + 7 * numbers)
+        if page > max_bytes:
+            return max(1, n)
+    return len(steps)
+
+
 class Recorder:
     """Records the decode steps of a decoder's first text in all sparse layers, and writes the page.
 
-    Make it before the first step. A prompt of the same length starts the record afresh.
+    Make it before the first step. A prompt of the same length starts the record afresh. The page
+    has the first steps, as many as `max_steps` and `max_bytes` allow.
     """
 
     max_steps = 200  # the page of tiny/ stays below 5 MB
+    max_bytes = 50_000_000  # more would make a browser slow
 
     def __init__(self, decoder: Decoder, tok: Tokenizer, prompt_len: int, path: str | Path):
-        """Raises ValueError if `path` is refused by `check_path`."""
+        """Raises ValueError if `path` is refused by `check_path`, OSError if viewer.html cannot be
+        read."""
         self.layers = [i for i, layer in enumerate(decoder.layers) if not layer.dense]
         self.path = check_path(path)
+        self.template = Path(__file__).with_name("viewer.html").read_text(encoding="utf-8")
         self.decoder = decoder
         self.tok = tok
         self.prompt_len = prompt_len
+        self.end = prompt_len  # the first position without a step
         self.steps = {}  # position -> layer -> what `look` makes of each KV head
+        heads = len(self.layers) * decoder.model.config.n_kv_head
+        steps = range(prompt_len, min(prompt_len + self.max_steps, decoder.max_seq_len))
+        max_bytes = self.max_bytes - len(self.template)
+        self.limit = steps_that_fit(decoder.retro, heads, steps, max_bytes)
         watch(decoder, self.look)
 
     def look(self, i: int, step: Step) -> None:
-        if step.t >= self.prompt_len + self.max_steps:
-            return
         if i == self.layers[0] and step.t == self.prompt_len:  # a text begins
             self.steps.clear()
+            self.end = self.prompt_len
+        if i == self.layers[-1]:
+            self.end = step.t + 1
+        if step.t >= self.prompt_len + self.limit:
+            return
         config = self.decoder.retro
         first = config.first_window_page(step.t)
         touched = slice(first, config.pages_held(step.t))  # the pages whose bounds are new
@@ -187,14 +215,42 @@ class Recorder:
             heads.append(head)
         self.steps.setdefault(step.t, {})[i] = heads
 
+    def ids(self) -> list[int]:
+        """The first text up to its newest token, or up to the token before its stop token. (A text
+        that ends before the others is padded, and its steps go on.)"""
+        ids = self.decoder.tokens[0, : self.end].tolist()
+        for i in range(self.prompt_len, len(ids)):
+            if ids[i] in self.tok.stop_tokens:
+                return ids[:i]
+        return ids
+
     def save(self) -> str:
-        """Writes the page and returns a line about it. An interrupted step is left out."""
-        n = len(self.layers)
-        steps = [{"t": t, "layers": step} for t, step in self.steps.items() if len(step) == n]
-        if not steps:
+        """Writes the page and returns a line about it, or about why it cannot be written. An
+        interrupted step is left out."""
+        ids = self.ids()
+        made = len(ids) - self.prompt_len
+        n = min(made, self.limit)
+        if n <= 0:
             return f"--trace: nothing to write to {self.path}, there was no decode step"
+        page = self.page(ids[: self.prompt_len + n])
+        try:
+            self.path.write_bytes(page)
+        except OSError as error:
+            return f"--trace: {self.path} could not be written: {error.strerror or error}"
+        size = f"{len(page) / 1e6:.3g} MB"
+        if n == made:
+            return f"--trace: {n} steps written to {self.path}, {size}"
+        most = f"{self.max_steps} steps"
+        if n < self.max_steps:
+            most = f"{self.max_bytes / 1e6:.3g} MB"
+        reason = f"the page is limited to {most}"
+        return f"--trace: the first {n} of {made} steps written to {self.path}, {size}: {reason}"
+
+    def page(self, ids: list[int]) -> bytes:
+        """The page of the steps that the tokens after the prompt made."""
         retro = self.decoder.retro
-        ids = self.decoder.tokens[0, : steps[-1]["t"] + 1].tolist()
+        # A token that holds only a part of a character adds no text, and the last part adds it all.
+        text = TextStream(self.tok, [])
         run = {
             "window": retro.window,
             "page_size": retro.page_size,
@@ -202,17 +258,15 @@ class Recorder:
             "min_tokens": retro.min_tokens,
             "prompt_len": self.prompt_len,
             "layers": self.layers,
-            "tokens": [self.tok.decode([token]) for token in ids],
-            "steps": steps,
+            "tokens": [text.add(token) for token in ids],
+            "steps": [{"t": t, "layers": x} for t, x in self.steps.items() if t < len(ids)],
         }
         data = json.dumps(run, separators=(",", ":"), allow_nan=False)
         data = data.replace("<", "\\u003c")  # so that no text of a model ends the script
-        template = Path(__file__).with_name("viewer.html").read_text(encoding="utf-8")
-        page = template.replace(">RUN<", f">{data}<").encode()
-        self.path.write_bytes(page)
-        return f"--trace: {len(steps)} steps written to {self.path}, {len(page) / 1e6:.3g} MB"
+        return self.template.replace(">RUN<", f">{data}<").encode()
 
 
-def rounded(x: torch.Tensor) -> list[float]:
-    """The values with four digits, because all digits make the page ten times as large."""
-    return [float(f"{value:.4g}") for value in x.tolist()]
+def rounded(x: torch.Tensor) -> list[float | None]:
+    """The values with four digits, because all digits make the page ten times as large; None for
+    those that are not finite, which JSON lacks."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in x.tolist()]
