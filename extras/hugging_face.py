@@ -77,17 +77,26 @@ def from_pretrained(kind: str, folder: str | Path):
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
-# Unsupported features: each key of config.json with the value that turns it off.
+# Unsupported features: each key of config.json with the value that turns it off. transformers reads
+# some of them for every model, though the configurations of Llama and Qwen don't list them.
 TURNED_OFF = {
     "hidden_act": "silu",
-    "use_sliding_window": False,
     "mlp_bias": False,
     "attention_bias": False,
-    "quantization_config": None,
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "attention_chunk_size": None,
     "dual_chunk_attention_config": None,
+    "kv_sharing_modes": None,
+    "per_layer_config": None,
+    "quantization_config": None,
+    "transformers_weights": None,  # other files than model.safetensors
 }
 # The only kind of Llama 3.1's scaling that `model.rope_table` does; the factor is free.
 LLAMA3 = {
+    "rope_type": "llama3",
     "low_freq_factor": 1,
     "high_freq_factor": 4,
     "original_max_position_embeddings": 8192,
@@ -99,31 +108,36 @@ def read_config(folder: str | Path) -> dict:
 
     Raises ValueError if the model needs what is not supported.
     """
-    config = from_pretrained("AutoConfig", folder)
-    kind = config.model_type
+    config = from_pretrained("AutoConfig", folder).to_dict()
+    kind = config["model_type"]
     known = kind in ("llama", "qwen2", "qwen3")
     need(known, f"checkpoint {folder}: model_type must be llama, qwen2 or qwen3, not {kind!r}")
     for key, off in TURNED_OFF.items():
-        x = getattr(config, key, off)
+        x = config.get(key, off)
         need(x == off, f"checkpoint {folder}: {key} {x!r} is not supported: must be {off!r}")
-    theta, factor = read_rope(folder, config.rope_parameters)
-    hs = getattr(config, "head_dim", None)
+    for x in config.get("layer_types") or ():
+        full = x == "full_attention"
+        need(
+            full, f"checkpoint {folder}: layer_types {x!r} is not supported: must be full_attention"
+        )
+    theta, factor = read_rope(folder, config["rope_parameters"])
+    hs = config.get("head_dim")
     if hs is None:
-        hs = config.hidden_size // config.num_attention_heads
+        hs = config["hidden_size"] // config["num_attention_heads"]
     even = isinstance(hs, int) and hs >= 2 and hs % 2 == 0
     need(even, f"checkpoint {folder}: head_dim must be an even integer >= 2, not {hs!r}")
     return {
-        "dim": config.hidden_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_kv_head": config.num_key_value_heads,
-        "vocab_size": config.vocab_size,
-        "ffn_dim": config.intermediate_size,
-        "max_seq_len": config.max_position_embeddings,
-        "norm_eps": config.rms_norm_eps,
+        "dim": config["hidden_size"],
+        "n_layer": config["num_hidden_layers"],
+        "n_head": config["num_attention_heads"],
+        "n_kv_head": config["num_key_value_heads"],
+        "vocab_size": config["vocab_size"],
+        "ffn_dim": config["intermediate_size"],
+        "max_seq_len": config["max_position_embeddings"],
+        "norm_eps": config["rms_norm_eps"],
         "rope_theta": theta,
         "rope_scaling": factor,
-        "tie_embeddings": config.tie_word_embeddings,
+        "tie_embeddings": config["tie_word_embeddings"],
         "head_size": hs,
         "qkv_bias": kind == "qwen2",
         "qk_norm": kind == "qwen3",
@@ -134,13 +148,13 @@ def read_rope(folder: str | Path, parameters: dict) -> tuple[float | None, float
     """RoPE's base, and the factor of Llama 3.1's scaling or None. Raises ValueError if the
     parameters ask for another scaling."""
     rest = dict(parameters)
+    rest.pop("type", None)  # the older name of rope_type
     theta = rest.pop("rope_theta", None)
     factor = None
-    if rest.pop("rope_type", "default") == "llama3":
+    if rest.get("rope_type") == "llama3":
         factor = rest.pop("factor", None) or 0  # LlamaConfig refuses 0: the key must be there
-        if rest == LLAMA3:
-            rest = {}
-    need(not rest, f"checkpoint {folder}: rope_parameters {parameters} are not supported")
+    known = rest in ({"rope_type": "default"}, LLAMA3)
+    need(known, f"checkpoint {folder}: rope_parameters {parameters} are not supported")
     return theta, factor
 
 
@@ -148,19 +162,18 @@ def read_rope(folder: str | Path, parameters: dict) -> tuple[float | None, float
 # Weights
 
 META_NAMES = {
-    "model.embed_tokens": "tok_embeddings",
-    "model.norm": "norm",
+    "model.": "",
+    "embed_tokens": "tok_embeddings",
     "lm_head": "output",
-    "model.layers": "layers",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "self_attn.q_norm": "attention.q_norm",
-    "self_attn.k_norm": "attention.k_norm",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
+    "self_attn": "attention",
+    "q_proj": "wq",
+    "k_proj": "wk",
+    "v_proj": "wv",
+    "o_proj": "wo",
+    "mlp": "feed_forward",
+    "gate_proj": "w1",
+    "down_proj": "w2",
+    "up_proj": "w3",
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -192,21 +205,16 @@ def read_safetensors(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def safetensors_files(folder: str | Path) -> list[Path]:
     """The files that hold the weights. Raises ValueError unless all of them exist."""
-    folder = Path(folder)
-    names = ["model.safetensors"]
-    path = folder / "model.safetensors.index.json"
-    if path.is_file():
-        data = path.read_bytes()
-        with one_line(f"{path}: not JSON"):
-            index = json.loads(data.decode("utf-8-sig"))
-        files = index.get("weight_map") if isinstance(index, dict) else None
-        fits = isinstance(files, dict) and files
-        fits = fits and all(isinstance(file, str) for file in files.values())
-        need(fits, f"checkpoint {folder}: {path.name} has no weight_map")
-        names = sorted(set(files.values()))
-    for name in names:
-        need((folder / name).is_file(), f"checkpoint {folder}: {name} is missing")
-    return [folder / name for name in names]
+    paths = [Path(folder) / "model.safetensors"]
+    index = Path(folder) / "model.safetensors.index.json"
+    if index.is_file():
+        data = index.read_bytes()
+        with one_line(f"{index}: must be JSON with a weight_map of file names"):
+            names = sorted(set(json.loads(data.decode("utf-8-sig"))["weight_map"].values()))
+            paths = [Path(folder) / name for name in names]
+    for path in paths:
+        need(path.is_file(), f"checkpoint {folder}: {path.name} is missing")
+    return paths
 
 
 def pair_neighbours(w: torch.Tensor, head_size: int) -> torch.Tensor:
@@ -264,19 +272,23 @@ class Tokenizer:
                 text, add_special_tokens=bos, split_special_tokens=not special
             )
 
-    def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Ids of a conversation of (role, text) by the checkpoint's template, up to where the
-        assistant's turn begins. Roles are as in `model.Tokenizer.chat`.
+    def chat(self, messages: Sequence[tuple[str, str] | dict[str, str]]) -> list[int]:
+        """Ids of a conversation by the checkpoint's template, up to where the assistant's turn
+        begins. Messages and roles are as in `model.Tokenizer.chat`.
 
         Raises ValueError for another role, or if the template refuses the conversation.
         """
         return self.render(messages, add_generation_prompt=True)
 
-    def render(self, messages: Sequence[tuple[str, str]], **options) -> list[int] | str:
+    def render(self, messages: Sequence[tuple[str, str] | dict], **options) -> list[int] | str:
         said = []
-        for role, text in messages:
+        for message in messages:
+            if isinstance(message, dict):
+                message = message.get("role"), message.get("content")
+            role, text = message
             known = role in ("system", "user", "assistant")
             need(known, f"a role must be system, user or assistant, not {role!r}")
+            need(isinstance(text, str), f"a message must have a text, not {text!r}")
             said.append({"role": role, "content": text})
         with one_line(f"checkpoint {self.folder}: chat template"):  # it may raise its own errors
             return self.tokenizer.apply_chat_template(said, return_dict=False, **options)

@@ -15,6 +15,7 @@ Shapes as in retro_attention.py; T is a number of keys.
 import argparse
 import copy
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -27,10 +28,11 @@ import retro_attention
 import sample
 from bench import Method
 from model import Decoder, Llama
-from retro_attention import LayerCache, OpsWrapper, RetroConfig, with_window_first, apply_rope
+from retro_attention import LayerCache, OpsWrapper, RetroConfig, apply_rope, with_window_first
 
 SINKS = 4  # StreamingLLM's first tokens, which take the attention that has nowhere to go
 REFRESH = 32  # steps from one dense pass of RefreshKV or ReSA to the next
+RECENT = 32  # newest tokens that MorphKV always keeps, and whose queries rank the older ones
 
 # --------------------------------------------------------------------------------------------------
 # Rivals that read tokens
@@ -151,21 +153,59 @@ class StreamingLLM(Rival):
         return attention(q, k, v)[0]
 
 
-class TOVA(Rival):
+class Evicting(Rival):
+    """Evicts tokens after each step. `kept`, (B, n_kv_head or 1, t+1) bool, tells which remain."""
+
+    def visible(self, t):
+        self.kept = F.pad(self.kept, (0, 1), value=True)
+        return self.kept
+
+    def keep_best(self, importance: torch.Tensor, t: int) -> None:
+        """Keeps as many of the kept tokens as the next step may read, minus one for the token that
+        it adds. `importance`, (B, n_kv_head or 1, t+1), is at least 0."""
+        if t < self.prompt_len:
+            self.kept = torch.ones_like(importance, dtype=torch.bool)
+        importance = importance.masked_fill(~self.kept, -1)
+        best = importance.topk(min(t + 1, self.allowed(t + 1) - 1)).indices
+        self.kept &= torch.zeros_like(self.kept).scatter(2, best, True)
+
+
+class TOVA(Evicting):
     """Evicts the token with the lowest attention of the newest query, averaged over the layer's
     heads (Oren et al., EMNLP 2024, arXiv 2401.06104)."""
 
-    def visible(self, t):
-        self.kept = F.pad(self.kept, (0, 1), value=True)  # (B, t+1)
-        return self.kept[:, None]
+    def learn(self, weight, t):
+        self.keep_best(weight.mean(dim=(1, 2))[:, None], t)
+
+
+class MorphKV(Evicting):
+    """Keeps the last 32 tokens and, of the older ones, those with the most attention of the last 32
+    queries (Ghadia et al., ICML 2025, arXiv 2503.00979).
+
+    The paper offers the sum or the maximum over these queries. Here it is the sum, also over the
+    query heads of a KV head, which has its own set. Our choices: a query counts with the weights of
+    its own step, over all that it read; an evicted token counts no more; if the budget is smaller
+    than the window, the newest tokens remain.
+    """
+
+    def prefill(self, q, k, v):
+        T = k.shape[1]
+        k_by_head = k.transpose(1, 2)  # (B, n_kv_head, T, hs)
+        v_by_head = v.transpose(1, 2)  # (B, n_kv_head, T, hs)
+        self.recent = deque(maxlen=RECENT)  # one (B, n_kv_head, t+1) of each query, t its position
+        for t in range(max(0, T - RECENT), T - 1):
+            row = q[:, t : t + 1]
+            _, weight = attention(row, k_by_head[:, :, : t + 1], v_by_head[:, :, : t + 1])
+            self.recent.append(weight.sum(dim=2))
+        super().prefill(q, k, v)  # it learns from the last query
 
     def learn(self, weight, t):
-        """Keeps what the next step may read, minus one for the token that it adds."""
-        if t < self.prompt_len:
-            self.kept = torch.ones_like(weight[:, 0, 0], dtype=torch.bool)  # (B, t+1)
-        mean = weight.mean(dim=(1, 2)).masked_fill(~self.kept, -1)  # (B, t+1)
-        best = mean.topk(min(t + 1, self.allowed(t + 1) - 1)).indices
-        self.kept &= torch.zeros_like(self.kept).scatter(1, best, True)
+        self.recent.append(weight.sum(dim=2))
+        importance = sum(F.pad(x, (0, t + 1 - x.shape[2])) for x in self.recent)
+        n = min(RECENT, t + 1)
+        # More than any sum of weights, and the newest has most.
+        importance[..., -n:] = 1e6 + torch.arange(n, device=weight.device)
+        self.keep_best(importance, t)
 
 
 class RefreshKV(Rival):
@@ -251,6 +291,8 @@ class ReSA(Decoder):
         for twin in self.twins:  # the same memory, attended to densely, without an output cache
             twin.dense = True
             twin.cache = replace(twin.cache, out=None, lse=None)
+            shapes = twin.row_shapes.items()
+            twin.row_shapes = {name: (B, REFRESH, *heads) for name, (B, _, *heads) in shapes}
         return super().prefill(idx)
 
     @torch.inference_mode()
@@ -266,6 +308,7 @@ class ReSA(Decoder):
 RIVALS = {  # name -> how to make the decoder, which part of the KV bytes it reads
     "StreamingLLM": (StreamingLLM.decoder, StreamingLLM.kv_share),
     "TOVA": (TOVA.decoder, TOVA.kv_share),
+    "MorphKV": (MorphKV.decoder, MorphKV.kv_share),
     "selection reuse": (SelectionReuse.decoder, SelectionReuse.kv_share),
     "RefreshKV": (RefreshKV.decoder, RefreshKV.kv_share),
     "ReSA": (ReSA, ReSA.kv_share),

@@ -11,8 +11,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from extras import hugging_face
 from model import Llama, Tokenizer
 from retro_attention import RetroConfig
+from sample import TextStream
 from test_retro import TINY, close, command, decode, random_tokens, refused
 
 needs_transformers = pytest.mark.skipif(
@@ -149,11 +151,20 @@ def test_logits_equal_those_of_transformers(tmp_path, kind, max_file, config, ch
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+UNHEARD = {"rope_type": "unheard", "rope_theta": 1e4}
 
 
 @needs_transformers
 @pytest.mark.parametrize("change, message", [
     ({"use_sliding_window": True}, "use_sliding_window True is not supported: must be False"),
+    ({"sliding_window": 64}, "sliding_window 64"),
+    ({"attention_chunk_size": 64}, "attention_chunk_size 64"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types 'sliding_attention'"),
+    ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config .*rms_norm_eps"),
+    ({"kv_sharing_modes": ["own", "reuse"]}, "kv_sharing_modes"),
+    ({"is_causal": False}, "is_causal False"),
+    ({"is_encoder_decoder": True}, "is_encoder_decoder True"),
+    ({"transformers_weights": "other.safetensors"}, "transformers_weights 'other"),
     ({"mlp_bias": True}, "mlp_bias True"),
     ({"attention_bias": True}, "attention_bias True"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
@@ -161,8 +172,10 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     ({"dual_chunk_attention_config": {}}, "dual_chunk_attention_config {}"),
     ({"model_type": "mixtral"}, "not 'mixtral'"),
     ({"model_type": "unheard"}, "AutoConfig cannot be read"),
-    ({"hidden_size": "wide"}, "AutoConfig cannot be read"),
+    ({"hidden_size": "wide"}, "AutoConfig cannot be read|dim must be an integer"),
     ({"rope_parameters": YARN}, "yarn.* are not supported"),
+    ({"rope_parameters": UNHEARD}, "unheard.* are not supported"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor.* are not supported"),
     ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "are not supported"),
     ({"rope_parameters": {**LLAMA3_ROPE, "factor": 0}}, "rope_scaling must be .* not 0"),
     ({"rms_norm_eps": math.inf}, "norm_eps"),
@@ -179,6 +192,56 @@ def test_unsupported_config_is_refused(tmp_path, change, message):
     write_hugging_face(tmp_path)
     edit(tmp_path / "config.json", **change)
     refused(lambda: Llama.from_checkpoint(tmp_path), message)
+
+
+class Recorder(dict):
+    """A configuration that notes which of its keys are read."""
+
+    def __init__(self, config):
+        super().__init__(config.to_dict())
+        self.seen = set()
+
+    def to_dict(self):
+        return self
+
+    def __getitem__(self, key):
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.seen.add(key)
+        return super().get(key, default)
+
+
+# What does not change the logits, and why.
+IRRELEVANT = {
+    "names the model or what made it": "_name_or_path architectures transformers_version",
+    "training": "initializer_range attention_dropout",
+    "classification": "id2label label2id problem_type",
+    "what transformers returns or keeps": (
+        "output_attentions output_hidden_states return_dict use_cache"
+    ),
+    "the same result in pieces": "chunk_size_feed_forward pretraining_tp",
+    "the caller's choice": "dtype",
+    "needs use_sliding_window": "max_window_layers",
+    "padding": "pad_token_id",
+    "the tokenizer's": "bos_token_id eos_token_id",
+}
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_every_config_key_is_read_or_irrelevant(monkeypatch, kind):
+    """Fails if transformers has a new key: read it, refuse it (`TURNED_OFF`), or list it above.
+    Guards against a model that loads without an error, but is computed in another way."""
+    from transformers import AutoConfig
+
+    config = Recorder(AutoConfig.for_model(kind))
+    monkeypatch.setattr(hugging_face, "from_pretrained", lambda *args: config)
+    hugging_face.read_config("folder")
+    irrelevant = set(" ".join(IRRELEVANT.values()).split())
+    assert not irrelevant & config.seen
+    assert config.keys() - config.seen - irrelevant == set()
 
 
 @needs_transformers
@@ -206,10 +269,12 @@ def test_broken_safetensors_are_refused(tmp_path):
     refused(load, f"is in {names[1]} and in another file")
     edit(index, weight_map={"model.norm.weight": names[1], "no.such": names[1]})
     refused(load, "weights: .* is missing")
-    edit(index, weight_map=[])
-    refused(load, "has no weight_map")
-    index.write_bytes(b"\xff{")
-    refused(load, "index.json: not JSON")
+    for files in ([], [1], {"a": 1}, {"a": ["b"]}, {"a": None, "b": "c"}, None):
+        edit(index, weight_map=files)
+        refused(load, "index.json: must be JSON with a weight_map of file names")
+    for content in (b"\xff{", b"{", b"[]", b"{}"):
+        index.write_bytes(content)
+        refused(load, "index.json: must be JSON with a weight_map of file names")
     index.unlink()
     refused(load, "model.safetensors is missing")
 
@@ -276,11 +341,72 @@ def test_tokenizer_equals_that_of_transformers(tmp_path):
     wanted += "<|turn|>assistant:"
     assert tok.chat(said) == tok.encode(wanted, special=True)
     assert tok.decode(tok.chat(said)) == wanted
+    assert tok.chat([{"role": role, "content": text} for role, text in said]) == tok.chat(said)
     refused(lambda: tok.chat([("usre", "hi")]), "a role must be .* not 'usre'")
-    refused(lambda: tok.chat([{"role": "user", "content": "hi"}]), "a role must be")
+    refused(lambda: tok.chat([{"role": "usre", "content": "hi"}]), "a role must be .* not 'usre'")
+    refused(lambda: tok.chat([{"content": "hi"}]), "a role must be .* not None")
+    refused(lambda: tok.chat([{"role": "user", "text": "hi"}]), "a message must have a text")
 
     edit(tmp_path / "generation_config.json", eos_token_id="8")
     refused(lambda: Tokenizer.from_checkpoint(tmp_path), "eos_token_id")
+
+
+@needs_transformers
+def test_spaces_before_punctuation_stay(tmp_path):
+    """A folder may ask for their removal, which would change a text that is already printed."""
+    from transformers import AutoTokenizer
+
+    write_hugging_face(tmp_path)
+    write_hugging_face_tokenizer(tmp_path)
+    key = "clean_up_tokenization_spaces"
+    sure = f"{key}_for_bpe_even_though_it_will_corrupt_output"
+    edit(tmp_path / "tokenizer_config.json", **{key: True, sure: True})
+    tok = Tokenizer.from_checkpoint(tmp_path)
+    ids = tok.encode("the end . Is n't it ?")
+    assert tok.decode(ids) == "the end . Is n't it ?"
+    assert AutoTokenizer.from_pretrained(tmp_path).decode(ids) == "the end. Isn't it?"
+
+
+def write_sentencepiece_tokenizer(folder):
+    """Pieces as in SentencePiece's models: a space is U+2581, also in front of a text, where
+    decoding drops it; unknown characters are spelt in bytes."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "a", "b", "\u2581a"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = [("\u2581", "a")]
+    tok = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tok.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>").save_pretrained(folder)
+
+
+@needs_transformers
+@pytest.mark.parametrize("prompt", ["a b", "a\u00e9", "a" * 20, "b "])
+def test_text_after_a_prompt_keeps_its_spaces(tmp_path, prompt):
+    """Guards against printing each token by itself: "a" would follow a prompt without its space,
+    and a character of several bytes would be several U+FFFD."""
+    write_hugging_face(tmp_path)
+    write_sentencepiece_tokenizer(tmp_path)
+    tok = Tokenizer.from_checkpoint(tmp_path)
+    more = " a b\u4f60\U0001f642 a"
+    ids = tok.encode(prompt)
+    new = tok.encode(prompt + more)[len(ids) :]
+    assert ids + new == tok.encode(prompt + more)
+    assert tok.decode(new[:1]) == "a"  # the space is lost
+    assert len(new) == 11  # 7 of them are bytes
+    stream = TextStream(tok, ids)
+    parts = [stream.add(token) for token in new]
+    assert parts[0] == " a"
+    assert "".join(parts) == stream.text == more
+    assert "\ufffd" not in stream.text and stream.flush() == ""
 
 
 @needs_transformers

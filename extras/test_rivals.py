@@ -140,6 +140,50 @@ def test_tova_evicts_the_least_attended_token_of_the_layer():
     assert kept[0] != kept[1] and kept[0] != list(range(110 - len(kept[0]), 110))
 
 
+@pytest.mark.parametrize("retro, n", [(BENCH, 6), (ONE_PAGE, 10)], ids=["", "one page"])
+def test_morphkv_keeps_the_newest_tokens_and_those_that_their_queries_attend_to(
+    monkeypatch, retro, n
+):
+    """One list per KV head. After a step, the older tokens with the lowest sum of weights, over the
+    last n queries and the query heads, make room for the next; then the oldest of the last n.
+
+    Guards against queries of the prompt that are left out, a window off by one, and tokens that
+    come back when the budget grows.
+    """
+    monkeypatch.setattr(rivals, "RECENT", n)
+    q, k, v, outputs = run_rival("MorphKV", retro=retro)
+    q = rotated(q)
+    k = rotated(k)
+    kept = {place: list(range(45)) for place in PLACES}
+    given = {place: [] for place in PLACES}  # for each query, position -> weight
+
+    def learn(t, b, h, keys):
+        weights = weights_over(q[b, t], k[b], keys)[h * 3 : h * 3 + 3].sum(0)
+        given[b, h].append(dict(zip(keys, weights.tolist(), strict=True)))
+
+    def evict(t, b, h):
+        while len(kept[b, h]) > tokens_allowed(t + 1, retro) - 1:
+            sums = [
+                (sum(w.get(j, 0) for w in given[b, h][-n:]), j) for j in kept[b, h] if j <= t - n
+            ]
+            kept[b, h].remove(min(sums)[1] if sums else kept[b, h][0])
+
+    for b, h in PLACES:
+        for t in range(45):
+            learn(t, b, h, list(range(t + 1)))
+        evict(44, b, h)
+    for t, o in outputs.items():
+        for keys in kept.values():
+            keys.append(t)
+        check_kept(o, q, k, v, t, kept)
+        for b, h in PLACES:
+            learn(t, b, h, kept[b, h])
+            evict(t, b, h)
+    newest = list(range(110 - len(kept[0, 0]), 110))
+    assert (kept[0, 0] == newest) == (retro is ONE_PAGE)
+    assert (kept[0, 0] == kept[0, 1]) == (retro is ONE_PAGE)
+
+
 @pytest.mark.parametrize("retro", [BENCH, ONE_PAGE], ids=["", "one page"])
 def test_refreshkv_alternates_all_tokens_and_the_best_of_the_last_time(monkeypatch, retro):
     """Every 10th step reads all tokens. The steps in between read the tokens since then, the newest
@@ -316,7 +360,7 @@ def test_kv_share_counts_bounds_and_dense_passes():
         return found.kv_share(found.retro, 4, range(64 - n, 64))
 
     assert share("Quest one choice", 1) == share("W=4 first query", 1) == 3 / 8
-    assert share("StreamingLLM", 1) == share("TOVA", 1) == 2 / 8
+    assert share("StreamingLLM", 1) == share("TOVA", 1) == share("MorphKV", 1) == 2 / 8
     assert share("TOVA", 1, dense) == (1 + 3 * 2 / 8) / 4
     assert share("selection reuse", 2) == (3 + 2) / 16
     steps = [(max(2, -(-(t // 8 + 1) // 4)), t // 8 + 1) for t in range(32, 64)]
@@ -351,7 +395,8 @@ def test_the_table_has_all_methods_and_no_method_twice(table):
     rows = record["results"]["rows"]
     ours = ["full", "Quest", "W=1", "W=4", "Quest one choice", "W=1 one choice", "W=4 one choice"]
     ours += ["W=1 first query", "W=4 first query"]
-    assert list(rows) == [*ours, "StreamingLLM", "TOVA", "selection reuse", "RefreshKV", "ReSA"]
+    theirs = ["StreamingLLM", "TOVA", "MorphKV", "selection reuse", "RefreshKV", "ReSA"]
+    assert list(rows) == [*ours, *theirs]
     assert rows["W=1"] == rows["W=1 first query"] == rows["Quest"]
     assert rows["W=1 one choice"] == rows["Quest one choice"]
     assert len({row["kl"]["mean"] for row in rows.values()}) == len(rows) - 3
