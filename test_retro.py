@@ -781,10 +781,10 @@ def in_float64(cache):
 
 PLACES = [  # B, n_kv_head, t, min_tokens: where a text may stand
     (1, 1, 269, 200),  # several tiles per split; the last page is ragged
-    (3, 1, 127, 32),  # it is full
+    (2, 1, 127, 32),  # it is full
     (1, 1, 64, 8),  # it has just begun, and the window lies in two pages
     (1, 2, 40, 256),  # below the floor: all pages are selected
-    (3, 1, 3, 8),  # fewer tokens than rows, for the larger windows
+    (2, 1, 3, 8),  # fewer tokens than rows, for the larger windows
     (1, 1, 0, 8),  # the very first token
 ]
 # G, W, page size, head size. The interpreter is slow: it gets a third of them, in which every pair
