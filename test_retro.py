@@ -1008,7 +1008,7 @@ def test_both_implementations_decode_the_same(window):
             for a, b in zip(by_position(ours.cache), by_position(theirs.cache), strict=True):
                 n = decoders[0].position + 1
                 close(a[:, :, :n].cpu(), b[:, :, :n].cpu(), 1e-3)
-    assert window == 1 or bench.exposure(decoders[0]) > 1.02
+    assert window == 1 or bench.exposure(decoders[0]) > 1
 
 
 class ReadsPosition(OpsWrapper):

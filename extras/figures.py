@@ -29,7 +29,7 @@ import bench
 import sample
 from extras.viewer import Step, revisions, watch
 from model import Decoder, Llama
-from retro_attention import RetroConfig, with_window_first, need
+from retro_attention import RetroConfig, need, with_window_first
 
 # --------------------------------------------------------------------------------------------------
 # exposure

@@ -86,7 +86,9 @@ def wanted_pages(t, q, k):
 
 def test_the_pages_wanted_are_those_with_the_highest_bounds():
     """Against sets of pages, chosen by the queries of full attention. Guards against the worst
-    pages instead of the best, and against a mean that leaves out layers."""
+    pages instead of the best, a number of pages from another step, and a mean that leaves out
+    layers."""
+    retro = replace(BENCH, budget=0.4)  # 3 pages, from position 56 on 4
     model = random_model()
     tokens = random_tokens(2, 60)
     decoder = Decoder(model, 2, replace(BENCH, budget=1.0), 60)
@@ -100,10 +102,10 @@ def test_the_pages_wanted_are_those_with_the_highest_bounds():
                 order = []
                 for t, q, k in (layer.ops.steps[i], layer.ops.steps[i - 2]):
                     order.append(wanted_pages(t, q[b, h * 3 : h * 3 + 3], k[b, h]))
-                selected = [pages_to_load(BENCH, 40 + j)[0] for j in (i, i - 2)]
+                selected = [pages_to_load(retro, 40 + j)[0] for j in (i, i - 2)]
                 found.append(shares(set(order[0][: selected[0]]), order[1], selected[1]))
     args = SimpleNamespace(prefix=40, distance=2)
-    overlaps = figures.page_overlaps(args, BENCH, model, tokens)
+    overlaps = figures.page_overlaps(args, retro, model, tokens)
     assert list(overlaps) == [1, 2]
     close(overlaps[2], np.mean(found, 0), 1e-6)
 
@@ -142,7 +144,7 @@ def exposure(monkeypatch):
 def test_revisions_are_those_of_the_largest_window(exposure):
     """Whatever the order of the windows. The pages loaded are those of W=4, and the first sights of
     its three past rows are what makes its exposure."""
-    results = exposure("--windows 4 2 --dense_layers 1")
+    results = exposure("--windows 2 4 1 --dense_layers 1")
     exposures = results["effective_exposure"]
     assert list(exposures) == [1, 2, 4]
     assert exposures[1] == 1 < exposures[2] < exposures[4]

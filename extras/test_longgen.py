@@ -195,7 +195,9 @@ def test_the_control_is_compared(measure):
 
 def test_single_questions_are_asked_side_by_side(measure):
     """The answer is right unless the sum is odd. Guards against records and rows that get the index
-    of another prompt: prompts of one length come together."""
+    of another prompt, because prompts of one length come together, and against KV reads that count
+    the steps of a longer answer beside."""
+    tok = Tokenizer.from_checkpoint(TINY)
 
     def said(prompt):
         i = int(re.findall(r"What is (\d+)", prompt)[-1])
@@ -203,7 +205,8 @@ def test_single_questions_are_asked_side_by_side(measure):
             f"1000 + {i}? " + "Well, well. " * (i % 4) + f"The answer is {(1000 + i) // 2 * 2}. 7"
         )
 
-    rows, records = measure(said, "--n 1 --prompts 17 --batch 4")
+    sparse = "--dense_layers 0 --min_tokens 32 --budget 0.1 --page_size 8"
+    rows, records = measure(said, f"--n 1 --prompts 17 --batch 4 {sparse}")
     even = [i % 2 == 0 for i in range(3, 20)]
     for name in ("full", "Quest", "W=2"):
         assert rows[name]["right"]["by_passage"] == even
@@ -212,6 +215,27 @@ def test_single_questions_are_asked_side_by_side(measure):
         assert [record["prompt"] for record in own] != list(range(17))
         found = {record["prompt"]: (record["text"], record["right"]) for record in own}
         assert found == {i: (said(question(i + 3)), [even[i]]) for i in range(17)}
+        for record in own if name == "Quest" else ():
+            first = first_position(tok, question(record["prompt"] + 3))
+            steps = range(first, first + record["tokens"])
+            assert record["kv_share"] == pytest.approx(quest_share(steps))
+
+
+def first_position(tok, asked):
+    """The first position decoded after a prompt that asks one question."""
+    turns = []
+    for i in range(3):
+        turns += [("user", question(i)), ("assistant", f" The answer is {1000 + i}.")]
+    return len(tok.chat([*turns, ("user", asked)]))
+
+
+def quest_share(steps):
+    """What Quest reads in these steps, as a share of full attention's bytes: a budget of a tenth,
+    at least 32 tokens, in pages of 8."""
+    retro = RetroConfig(page_size=8, budget=0.1, min_tokens=32, window=1)
+    counts = [pages_to_load(retro, t)[:2] for t in steps]
+    loaded, held = map(sum, zip(*counts, strict=True))
+    return (loaded + held / 8) / held
 
 
 @pytest.mark.parametrize("stops", [True, False])
@@ -220,10 +244,7 @@ def test_kv_read_counts_the_positions_decoded(measure, stops):
     token takes a step, also the stop token. The last step is the first of a page if it gives the
     stop token, else the last of a page, so that one step more or less changes what is read."""
     tok = Tokenizer.from_checkpoint(TINY)
-    turns = []
-    for i in range(3):
-        turns += [("user", question(i)), ("assistant", f" The answer is {1000 + i}.")]
-    first = len(tok.chat([*turns, ("user", question(3))]))  # the first position decoded
+    first = first_position(tok, question(3))
     texts = ["so " * i + "the answer is 1,003." for i in range(8, 40)]
     said = next(x for x in texts if (first + len(tok.encode(x))) % 8 == 1)
     end = first + len(tok.encode(said))
@@ -234,12 +255,9 @@ def test_kv_read_counts_the_positions_decoded(measure, stops):
     sparse = "--dense_layers 0 --min_tokens 32 --budget 0.1 --page_size 8"
     options = f"--n 1 --prompts 2 {sparse} --answer_tokens {most}"
     rows, records = measure(lambda prompt: said, options)
-    retro = RetroConfig(page_size=8, budget=0.1, min_tokens=32, window=1)
-    counts = [pages_to_load(retro, t)[:2] for t in range(first, end)]
-    loaded, held = map(sum, zip(*counts, strict=True))
     record = next(x for x in records if x["method"] == "Quest" and x["prompt"] == 0)
     assert record["tokens"] == (len(tok.encode(said)) if stops else most)
-    assert record["kv_share"] == pytest.approx((loaded + held / 8) / held, rel=1e-9)
+    assert record["kv_share"] == pytest.approx(quest_share(range(first, end)), rel=1e-9)
     shares = [x["kv_share"] for x in records if x["method"] == "Quest"]
     assert rows["Quest"]["kv_share"] == pytest.approx(sum(shares) / 2)
     assert rows["full"]["kv_share"] == 1 > rows["W=2"]["kv_share"]

@@ -165,6 +165,22 @@ def test_interrupt_keeps_the_text_and_reports(tmp_path):
     assert report.count("2 processes share the model") == report.count("tokens/s") == 1
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_rank_0_prints_and_handles_an_interrupt(capsys, monkeypatch, rank):
+    """Guards against a Ctrl-C that ends another rank, for whose sums rank 0 would wait."""
+    monkeypatch.setenv("RANK", str(rank))
+    for name in ("stdout", "stderr"):  # restored after the test
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert parallel.main([]) == 2
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ignored == (rank > 0)
+    assert ("no script" in capsys.readouterr().err) == (rank == 0)
+
+
 @pytest.mark.parametrize("args, n, message", [
     ("", 1, "no script: torchrun"),
     ("nowhere.py", 1, "script nowhere.py: no such file"),

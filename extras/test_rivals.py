@@ -4,6 +4,7 @@ The expected outputs come from the rivals' papers, by lists of positions, and sh
 rivals.py.
 """
 
+import itertools
 import json
 import math
 import re
@@ -293,7 +294,7 @@ def logits_of(name, tokens, model, prompt_len=30, **options):
 
 
 class KeepPages(OpsWrapper):
-    """Appends the pages of each step to `seen`."""
+    """Appends the position, the pages, the newest query and all keys of each step to `seen`."""
 
     def __init__(self, ops, seen):
         super().__init__(ops)
@@ -301,13 +302,14 @@ class KeepPages(OpsWrapper):
 
     def attend(self, q, cache, pages, loaded_before, t):
         if pages is not None:
-            self.seen.append(pages)
+            self.seen.append((int(t), pages, q[:, -1].clone(), cache.k.flatten(2, 3).clone()))
         return self.ops.attend(q, cache, pages, loaded_before, t)
 
 
 @pytest.mark.parametrize("name", ["Quest one choice", "W=4 one choice", "W=4"])
 def test_one_choice_loads_the_same_pages_for_all_kv_heads(name):
-    """Without it, the KV heads of the same text differ."""
+    """Those with the highest sum of Quest's bounds over all heads. Without it, the KV heads of the
+    same text differ."""
     tokens = random_tokens(2, 70)
     seen = []
     found = method(name)
@@ -317,8 +319,14 @@ def test_one_choice_loads_the_same_pages_for_all_kv_heads(name):
     for token in tokens[:, 40:].T:
         decoder.step(token)
     assert len(seen) == 3 * 30
-    same = all(torch.equal(pages[:, 0], pages[:, 1]) for pages in seen)
+    same = all(torch.equal(pages[:, 0], pages[:, 1]) for _, pages, _, _ in seen)
     assert same == ("one choice" in name)
+    for (t, pages, q, k), b in itertools.product(seen if same else (), range(2)):
+        count, held, window = pages_to_load(found.retro, t)
+        by_head = [quest_bounds(q[b, h * 3 : h * 3 + 3], k[b, h], t) for h in range(2)]
+        bounds = np.sum(by_head, axis=0)
+        order = sorted(range(held), key=lambda j: (j not in window, -bounds[j]))
+        assert pages[b, 0].tolist() == sorted(order[:count])
 
 
 @pytest.mark.parametrize("n_layer, equal", [(2, True), (3, False)])
