@@ -370,7 +370,7 @@ def choose_threads(parameters: int) -> None:
 
 
 def check_ids(idx: torch.Tensor) -> torch.Size:
-    """The shape (B, T) of ids. Raises ValueError unless they are an integer tensor of 2 dims."""
+    """The shape (B, T) of ids. Raises ValueError unless idx is an integer tensor with 2 axes."""
     what = type(idx).__name__
     fits = False
     if isinstance(idx, torch.Tensor):

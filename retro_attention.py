@@ -433,9 +433,7 @@ class RetroAttention:
         dtype: torch.dtype,
     ):
         self.dense = dense
-        q_shape = (batch_size, config.window, n_head, head_size)
-        kv_shape = (batch_size, config.window, n_kv_head, head_size)
-        self.row_shapes = {"q": q_shape, "k": kv_shape, "v": kv_shape}
+        self.n_head = n_head
         query_rows = config.window * n_head // n_kv_head
         self.ops = implementation(config.impl, torch.device(device), dtype, head_size, query_rows)
         self.cache = new_cache(
@@ -484,9 +482,11 @@ class RetroAttention:
 
     def check_rows(self, q, k, v, t) -> None:
         """Guards against a decode loop that passes only the newest row: no row would be revised."""
-        for name, x in (("q", q), ("k", k), ("v", v)):
+        B, n_kv_head, _, _, hs = self.cache.k.shape
+        rows = {"q": (q, self.n_head), "k": (k, n_kv_head), "v": (v, n_kv_head)}
+        for name, (x, heads) in rows.items():
             found = tuple(x.shape)
-            shape = self.row_shapes[name]
+            shape = (B, self.cache.config.window, heads, hs)
             what = "(batch, window, heads, head size)"
             need(found == shape, f"{name} must have shape {shape}, {what}, not {found}")
         need(isinstance(t, torch.Tensor), f"t must be a 0-dim int64 tensor, not {t!r}")

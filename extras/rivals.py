@@ -290,9 +290,8 @@ class ReSA(Decoder):
         self.twins = [copy.copy(layer) for layer in self.layers]
         for twin in self.twins:  # the same memory, attended to densely, without an output cache
             twin.dense = True
-            twin.cache = replace(twin.cache, out=None, lse=None)
-            shapes = twin.row_shapes.items()
-            twin.row_shapes = {name: (B, REFRESH, *heads) for name, (B, _, *heads) in shapes}
+            config = replace(twin.cache.config, window=REFRESH)
+            twin.cache = replace(twin.cache, config=config, out=None, lse=None)
         return super().prefill(idx)
 
     @torch.inference_mode()

@@ -93,7 +93,7 @@ def check_kept(o, q, k, v, t, kept):
 
 
 def test_streaming_llm_keeps_sinks_and_recent_tokens_and_renumbers_them():
-    """A list of held tokens, of which the oldest after the first four is dropped if it is too long;
+    """A list of held tokens, whose oldest after the first four is dropped if it is too long;
     keys are rotated by their place in the list.
 
     Guards against sinks at their old distance, and against tokens that come back when the budget

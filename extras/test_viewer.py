@@ -192,7 +192,7 @@ class Names:
 
 
 class Bytes:
-    """A tokenizer of bytes, of which the letter q ends a text."""
+    """A tokenizer of bytes. The letter q ends a text."""
 
     stop_tokens = [ord("q")]
 
