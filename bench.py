@@ -179,7 +179,7 @@ def passages(args: argparse.Namespace, model: Llama, tok: Tokenizer) -> torch.Te
         first = torch.tensor([start] * B, device=device)
         stream = Decoder(model, B, None, T).stream(first, n, 1, top_p=None, seed=args.seed)
         written = torch.stack(list(sample.counted("sampling", stream, n)), dim=1)
-        return torch.cat((first, written), dim=1)
+        return torch.cat((first, written.to(device)), dim=1)
     ids = tok.encode(sample.read_text(args.text, args.text))
     enough = len(ids) >= B * n
     need(enough, f"text {args.text} has {len(ids)} tokens: {B} passages of {n} need {B * n}")
@@ -535,17 +535,35 @@ def step_bytes(model: Llama, retro: RetroConfig | None, B: int, context: int) ->
     return weights + dense * layer["dense"] + (config.n_layer - dense) * layer["four"]
 
 
-def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) -> list[float]:
-    """Milliseconds of the steps to the last 30 positions of the context."""
+def nearly_full(
+    model: Llama, B: int, retro: RetroConfig | None, context: int, left: int
+) -> Decoder:
+    """A decoder with random caches, for which `left` positions of the context are left."""
     torch.cuda.empty_cache()
     decoder = Decoder(model, B, retro, context)
-    decoder.position = context - 36
+    decoder.position = context - 1 - left
     decoder.t.fill_(decoder.position)
     for layer in decoder.layers:
         fill(layer.cache, decoder.position)
+    return decoder
+
+
+def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) -> list[float]:
+    """Milliseconds of the steps to the last 30 positions of the context."""
+    decoder = nearly_full(model, B, retro, context, left=35)
     token = torch.randint(model.config.vocab_size, (B,), device=decoder.t.device)
     times(lambda: decoder.step(token), 5)  # the first compiles and captures the graph
     return times(lambda: decoder.step(token), 30)
+
+
+def token_times(model: Llama, B: int, retro: RetroConfig | None, context: int) -> list[float]:
+    """Milliseconds of the last 30 tokens of the context, sampled with the defaults of `generate`: a
+    step, the sampling, and the way of the token to the host."""
+    decoder = nearly_full(model, B, retro, context, left=36)
+    prompt = torch.randint(model.config.vocab_size, (B, 1), device=decoder.t.device)
+    stream = decoder.stream(prompt, 35, append=True)
+    times(lambda: next(stream), 5)
+    return times(lambda: next(stream), 30)
 
 
 def step_rows(
@@ -590,17 +608,23 @@ def decode(args: argparse.Namespace, more: dict[str, Callable] | None = None) ->
     rows = {}
     for context, B in settings:
         ms = {name: [] for name in [*retros, *(more or {})]}
+        ms_token = {name: [] for name in retros}
         for i in range(args.rounds):
             progress(f"decode: {context}x{B}, round {i + 1} of {args.rounds}")
             for name, retro in retros.items():
                 ms[name] += step_times(model, B, retro, context)
+                ms_token[name] += token_times(model, B, retro, context)
             for name, run in (more or {}).items():
                 ms[name] += run(model, B, context)
         medians = {name: statistics.median(x) for name, x in ms.items()}
-        rows |= step_rows(medians, model, retros, context, B, max(rates.values()))
+        found = step_rows(medians, model, retros, context, B, max(rates.values()))
+        for name, x in ms_token.items():
+            found[f"{context}x{B} {name}"]["ms/token"] = statistics.median(x)
+        rows |= found
     forms = {"ms": ".3f", "bytes": ".3g", "share": ".0%", "full/this": ".2f", "this/Quest": ".3f"}
-    title = "Milliseconds per step of the batch; share: the time that its bytes need, of the step's"
-    table(title, rows, forms)
+    title = """Milliseconds per step of the batch; ms/token: with sampling, temperature .8, top_p .95.
+Share: the time that the step's bytes need, of the step's."""
+    table(title, rows, {"ms": ".3f", "ms/token": ".3f"} | forms)
     return {"memory_rate": rates, "rows": list(rows.values())}
 
 

@@ -161,9 +161,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor, ops) -> torch.Tensor:
         """(B, T, dim) -> (B, T, dim); `ops` has `swiglu`."""
-        if x.shape[1] > 8192:
-            # Long prompts go through in pieces; else these activations would dominate memory.
-            return torch.cat([self.forward(part, ops) for part in x.split(8192, dim=1)], dim=1)
+        # Long prompts go through in pieces; else these activations would dominate memory.
+        piece = max(1, 8192 // len(x))  # tokens of each text
+        if x.shape[1] > piece:
+            return torch.cat([self.forward(part, ops) for part in x.split(piece, dim=1)], dim=1)
         return self.w2(ops.swiglu(self.w13(x)))
 
 
@@ -265,7 +266,7 @@ class Llama(nn.Module):
         length = min(T + max(1, max_new_tokens), context)
         decoder = Decoder(self, B, retro, max_seq_len=length)
         new = decoder.stream(idx, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens)
-        return torch.cat([idx, torch.stack(list(new), dim=1)], dim=1)
+        return torch.cat([idx, torch.stack(list(new), dim=1).to(idx.device)], dim=1)
 
     def score(
         self, idx: torch.Tensor, prompt_len: int, retro: RetroConfig | None = RetroConfig()
@@ -492,7 +493,7 @@ class Decoder:
         if not token.is_cuda:  # on a GPU the check would wait for the device
             check_vocabulary(token, self.model.config.vocab_size)
         self.position = None  # a step that fails may have written into some of the layers
-        self.token.copy_(token)
+        self.token.copy_(token, non_blocking=True)
         if not (self.t.is_cuda and all(layer.ops.capturable for layer in self.layers)):
             logits = self._step()
         elif self.graph is None:
@@ -537,8 +538,9 @@ class Decoder:
         stop_tokens: Sequence[int] = (),
         append: bool = False,
     ) -> Iterator[torch.Tensor]:
-        """Yields the (B,) next tokens; arguments and errors as in `Llama.generate`. With `append`,
-        idx does not start a text, but follows the one that was read so far, token by token."""
+        """Yields the (B,) next tokens, on the CPU; arguments and errors as in `Llama.generate`.
+        With `append`, idx does not start a text, but follows the one that was read so far, token by
+        token."""
         B, T = check_ids(idx)
         start = 0
         if append:
@@ -547,8 +549,8 @@ class Decoder:
         check_prompt(start + T, self.max_seq_len)
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         generator = seeded_generator(seed, idx.device)
-        stops = torch.tensor(stop_tokens, dtype=torch.long, device=idx.device)
-        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)  # (B,)
+        stops = torch.tensor(stop_tokens, dtype=torch.long)
+        ended = torch.zeros(B, dtype=torch.bool)  # (B,)
         if append:
             for token in idx.T:
                 logits = self.step(token)
@@ -557,8 +559,10 @@ class Decoder:
         for i in range(min(max_new_tokens, self.max_seq_len - start - T)):
             if i > 0:
                 logits = self.step(token)
-            check_finite(logits)
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
+            # The only wait for the device. What can go wrong there comes with the token.
+            token = torch.where(all_finite(logits), token, -1).cpu()
+            need(token.min() >= 0, not_finite(logits))
             if len(stops):
                 token = torch.where(ended, stops[0], token)
                 ended |= torch.isin(token, stops)
@@ -576,11 +580,20 @@ def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
     return generator
 
 
-def check_finite(logits: torch.Tensor) -> None:
-    """Raises ValueError unless all logits are finite, because sampling would be meaningless, and
-    would abort on a GPU without a clear message."""
+def all_finite(logits: torch.Tensor) -> torch.Tensor:
+    """(B, vocab) -> (B,): whether all logits of a row are finite. Otherwise sampling would be
+    meaningless."""
+    return logits.abs().amax(dim=-1).isfinite()  # the largest of numbers with a NaN is NaN
+
+
+def not_finite(logits: torch.Tensor) -> str:
     reason = f"its weights are broken, or too large for {logits.dtype}"
-    need(logits.isfinite().all(), f"the model's logits are not finite: {reason}")
+    return f"the model's logits are not finite: {reason}"
+
+
+def check_finite(logits: torch.Tensor) -> None:
+    """Raises ValueError unless all logits are finite. Waits for the device."""
+    need(all_finite(logits).all(), not_finite(logits))
 
 
 def check_sampling(
@@ -606,21 +619,38 @@ def sample_token(
     top_p: float | None,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """(B, vocab) logits -> (B,) ids; temperature 0 takes the likeliest."""
+    """(B, vocab) logits -> (B,) ids; temperature 0 takes the likeliest. Nothing in here waits for
+    the device."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs = (logits.float() / temperature).softmax(dim=-1)
-    probs, ids = probs.sort(dim=-1, descending=True)  # (B, vocab) each, the likeliest first
-    if top_k is not None:
-        probs[:, top_k:] = 0
-        probs /= probs.sum(dim=-1, keepdim=True)  # top_p is that of the k tokens
+    if top_k is None:
+        logits, ids = logits.sort(dim=-1, descending=True)  # (B, vocab) each
+    else:
+        logits, ids = logits.topk(min(top_k, logits.shape[-1]))  # (B, top_k) each, also sorted
+    logits = logits.float()
+    weights = ((logits - logits[:, :1]) / temperature).exp()  # probabilities, up to a factor
     if top_p is not None:
         # Keep the smallest set of likeliest tokens that holds top_p: a token stays if those before
         # it hold less.
-        beyond = probs.cumsum(dim=-1) - probs >= top_p
+        beyond = sum_before(weights) >= top_p * weights.sum(dim=-1, keepdim=True)
         beyond[:, 0] = False  # also if top_p underflows to 0
-        probs = probs.masked_fill(beyond, 0)
-    return ids.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
+        weights = weights.masked_fill(beyond, 0)
+    # A race: each token arrives after a random time, exponentially distributed, with its weight as
+    # the rate. Then each is the first with its probability.
+    times = torch.empty_like(weights).exponential_(generator=generator)  # for rates of 1
+    first = (weights / times).argmax(dim=-1, keepdim=True)  # (B, 1)
+    return ids.gather(1, first).squeeze(1)
+
+
+def sum_before(x: torch.Tensor) -> torch.Tensor:
+    """For each element of x (B, n), the sum of those before it in its row. Sums blocks first,
+    because a running sum over a whole vocabulary uses little of a GPU, and rounds more."""
+    n = x.shape[1]
+    blocks = F.pad(x, (0, -n % 512)).unflatten(1, (-1, 512))  # (B, n / 512, 512)
+    inside = blocks.cumsum(dim=-1)  # (B, n / 512, 512)
+    totals = inside[:, :, -1:]  # (B, n / 512, 1)
+    before = inside - blocks + (totals.cumsum(dim=1) - totals)  # (B, n / 512, 512)
+    return before.flatten(1)[:, :n]
 
 
 # ==================================================================================================

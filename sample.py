@@ -8,8 +8,10 @@ import argparse
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,6 +203,19 @@ def counted(what: str, steps: Iterable, total: int) -> Iterator:
         yield step
 
 
+@contextmanager
+def said_if_slow(text: str) -> Iterator[None]:
+    """Prints `text` to stderr if what is done inside takes longer than two seconds."""
+    line = f"[{text} ...]"
+    timer = threading.Timer(2, print, args=[line], kwargs={"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 0.9995e9 else f"{nbytes / 1e6:.3g} MB"
 
@@ -308,6 +323,20 @@ def show(
         text.flush()
         print(f"---------------\n{prompt}{text.text}", flush=True)
     return code, made
+
+
+def explained(steps: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """Yields the steps. On a GPU it says what the first two wait for."""
+    reasons = []
+    if device.type == "cuda":
+        reasons = ["reading the prompt", "compiling the kernels, which Triton keeps on disk"]
+    for reason in reasons:
+        with said_if_slow(reason):
+            tokens = next(steps, None)
+        if tokens is None:
+            return
+        yield tokens
+    yield from steps
 
 
 def report(
@@ -443,7 +472,8 @@ def run(args: argparse.Namespace) -> int:
     memory = check_memory(config, retro, B, length, device, dtype)
 
     # The model
-    model = Llama.from_weights(config, weights, device, dtype)
+    with said_if_slow("reading the weights"):
+        model = Llama.from_weights(config, weights, device, dtype)
     count_layers(model)
     decoder = Decoder(model, B, retro, max_seq_len=length)
     recorder = trace_viewer().Recorder(decoder, tok, len(ids), trace) if trace else None
@@ -454,7 +484,7 @@ def run(args: argparse.Namespace) -> int:
     steps = decoder.stream(idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens)
     texts = [TextStream(tok, ids) for _ in range(B)]
     start = time.perf_counter()
-    code, made = show(prompt, steps, texts, tok.stop_tokens)
+    code, made = show(prompt, explained(steps, device), texts, tok.stop_tokens)
 
     # The report
     lines = report(decoder, len(ids), start, made)
@@ -467,8 +497,14 @@ def run(args: argparse.Namespace) -> int:
 def count_layers(model: Llama) -> None:
     """Prints progress while a long prompt passes through the layers."""
     progress = Progress("prompt, layers", len(model.layers))
+
+    def count(block, args, x):
+        if x.is_cuda and progress.done < progress.total:
+            torch.cuda.synchronize(x.device)  # else the layers would only be launched
+        progress.step()
+
     for block in model.layers:
-        block.register_forward_hook(progress.step)
+        block.register_forward_hook(count)
 
 
 CHAT_TOKENS = 16_384  # the longest conversation: its caches are allocated at the start
@@ -489,7 +525,9 @@ def converse(
     messages = system_message(args)
     length = min(config.max_seq_len, CHAT_TOKENS)
     print(check_memory(config, retro, 1, length, device, dtype), file=sys.stderr)
-    decoder = Decoder(Llama.from_weights(config, weights, device, dtype), 1, retro, length)
+    with said_if_slow("reading the weights"):
+        model = Llama.from_weights(config, weights, device, dtype)
+    decoder = Decoder(model, 1, retro, length)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -510,7 +548,7 @@ def converse(
         )
         text = TextStream(tok, ids)
         start = time.perf_counter()
-        _, made = show("", steps, [text], tok.stop_tokens)
+        _, made = show("", explained(steps, device), [text], tok.stop_tokens)
         messages.append(("assistant", text.text))
         read = f"{len(new)} of {len(ids)} tokens read"
         print(f"[{read}; {report(decoder, len(ids), start, made)[0]}]", file=sys.stderr)

@@ -54,6 +54,7 @@ from model import (
     read_checkpoint,
     rope_table,
     sample_token,
+    sum_before,
 )
 from retro_attention import (
     OpsWrapper,
@@ -1047,6 +1048,25 @@ def test_a_replayed_step_is_an_eager_step(window):
 
 
 @needs_gpu
+@pytest.mark.parametrize("sampling", [(0, None, None), (0.8, None, 0.95), (1, 9, 1)])
+def test_a_token_waits_for_the_device_once(sampling):
+    """For the token itself; what can go wrong and what ends the text come with it."""
+    model = random_model().float().cuda()
+    decoder = Decoder(model, 2, SPARSE)
+    stream = decoder.stream(random_tokens(2, 20).cuda(), 20, *sampling, stop_tokens=[5])
+    for _ in range(3):  # prefill, and the steps that compile and capture
+        next(stream)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing CUDA operation") as warnings:
+            for _ in range(10):
+                next(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(warnings) == 10
+
+
+@needs_gpu
 def test_a_wrapper_through_the_kernels():
     """The control and the count of exposure, in a CUDA graph: what they keep must stay in place."""
     tokens = random_tokens(2, 90).cuda()
@@ -1227,7 +1247,7 @@ def test_a_long_prompt_in_pieces_is_the_whole():
     sizes = []
     feed_forward.w13.register_forward_hook(lambda module, args, y: sizes.append(y.shape[1]))
     close(feed_forward(x, retro_attention).detach(), expected.detach(), 1e-12)
-    assert sizes == [8192, 8192, 3]
+    assert sizes == [4096, 4096, 4096, 4096, 3]  # of each of two texts
 
 
 @pytest.mark.parametrize("prompt_len", [1, 33, 59])
@@ -1301,6 +1321,26 @@ def test_sampling_frequencies(temperature, top_k, top_p, weights):
         p = weights[i] / sum(weights)
         error = abs((drawn == token).sum().item() / n - p)
         assert error <= 4 * math.sqrt(p * (1 - p) / n)  # four standard errors
+
+
+@pytest.mark.parametrize("n", [1, 511, 512, 513, 128_256])
+def test_the_sum_before_each_token(n):
+    x = torch.rand(2, n, generator=torch.Generator().manual_seed(n))
+    expected = x.double().cumsum(dim=1) - x.double()
+    assert torch.allclose(sum_before(x).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_top_p_of_a_flat_distribution():
+    """Exact for 128,256 tokens alike, where a sum in single precision could round: .25 of them,
+    each equally likely to be drawn, and no other."""
+    logits = torch.full((64, 128_256), -7.0)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([sample_token(logits, 1, None, 0.25, generator) for _ in range(8)])  # (512,)
+    kept = set(logits[0].sort(descending=True)[1][:32_064].tolist())
+    assert set(drawn.tolist()) <= kept
+    assert len(set(drawn.tolist())) > 490  # of 512; about 508 are expected
+    ranks = logits[0].sort(descending=True)[1].argsort()
+    assert ranks[drawn].max() > 31_500
 
 
 def test_stop_tokens_and_the_end_of_the_context():
@@ -1876,6 +1916,11 @@ def test_warm_up_steps_are_left_out(monkeypatch):
     monkeypatch.setattr(Decoder, "step", keep)
     found = bench.step_times(random_model(n_layer=2), 2, SPARSE, 100)
     assert found == pytest.approx(range(1, 31)) and positions == list(range(65, 100))
+    set_clock(monkeypatch, [9000] * 5 + list(range(1, 31)))
+    positions.clear()
+    found = bench.token_times(random_model(n_layer=2), 2, SPARSE, 100)
+    # The last token is not read.
+    assert found == pytest.approx(range(1, 31)) and positions == list(range(64, 99))
 
 
 def test_steps_are_compared_by_their_medians(monkeypatch, capsys):
@@ -1883,14 +1928,18 @@ def test_steps_are_compared_by_their_medians(monkeypatch, capsys):
     and ratios upside down."""
     ms = {"full": ([1, 10, 10], [20, 20, 90]), "Quest": ([1, 4, 4], [6, 6, 90])}
     ms |= {"W=2": ([1, 5, 5], [7, 7, 90])}
-    steps = iter([x[i] for i in range(2) for x in ms.values()])
+    ms = [x[i] for i in range(2) for x in ms.values()]
+    steps = iter(ms)
+    copies = iter(ms)
     monkeypatch.setattr(bench, "step_times", lambda *args: next(steps))
+    monkeypatch.setattr(bench, "token_times", lambda *args: [3 * x for x in next(copies)])
     monkeypatch.setattr(bench, "memory_rates", lambda device: {"copy": 1e9, "sum": 5e8})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(bench.SHAPES, "tiny", random_model().config)
     args = bench.parse_args("decode --settings 300x2 --windows 2 --rounds 2".split())
     rows = bench.decode(args)["rows"]
     assert [row["ms"] for row in rows] == [15, 5, 6]
+    assert [row["ms/token"] for row in rows] == [45, 15, 18]
     assert [row["full/this"] for row in rows] == [1, 3, 2.5]
     assert [row["this/Quest"] for row in rows] == [3, 1, 1.2]
     for row in rows:
