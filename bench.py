@@ -622,7 +622,7 @@ def decode(args: argparse.Namespace, more: dict[str, Callable] | None = None) ->
             found[f"{context}x{B} {name}"]["ms/token"] = statistics.median(x)
         rows |= found
     forms = {"ms": ".3f", "bytes": ".3g", "share": ".0%", "full/this": ".2f", "this/Quest": ".3f"}
-    title = """Milliseconds per step of the batch; ms/token: with sampling, temperature .8, top_p .95.
+    title = """Milliseconds per step of the batch; ms/token: with sampling (.8, top_p .95).
 Share: the time that the step's bytes need, of the step's."""
     table(title, rows, {"ms": ".3f", "ms/token": ".3f"} | forms)
     return {"memory_rate": rates, "rows": list(rows.values())}

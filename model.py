@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -493,7 +493,7 @@ class Decoder:
         if not token.is_cuda:  # on a GPU the check would wait for the device
             check_vocabulary(token, self.model.config.vocab_size)
         self.position = None  # a step that fails may have written into some of the layers
-        self.token.copy_(token, non_blocking=True)
+        self.token.copy_(token)
         if not (self.t.is_cuda and all(layer.ops.capturable for layer in self.layers)):
             logits = self._step()
         elif self.graph is None:
@@ -540,7 +540,11 @@ class Decoder:
     ) -> Iterator[torch.Tensor]:
         """Yields the (B,) next tokens, on the CPU; arguments and errors as in `Llama.generate`.
         With `append`, idx does not start a text, but follows the one that was read so far, token by
-        token."""
+        token.
+
+        With a CUDA graph, the next step is launched before the host reads a token. Otherwise the
+        GPU would be idle meanwhile. So a text that ends with a stop token has read it, too.
+        """
         B, T = check_ids(idx)
         start = 0
         if append:
@@ -549,26 +553,47 @@ class Decoder:
         check_prompt(start + T, self.max_seq_len)
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         generator = seeded_generator(seed, idx.device)
-        stops = torch.tensor(stop_tokens, dtype=torch.long)
-        ended = torch.zeros(B, dtype=torch.bool)  # (B,)
+        stops = torch.tensor(stop_tokens, dtype=torch.long, device=idx.device)
+        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)  # (B,)
         if append:
             for token in idx.T:
                 logits = self.step(token)
         else:
             logits = self.prefill(idx)
-        for i in range(min(max_new_tokens, self.max_seq_len - start - T)):
-            if i > 0:
-                logits = self.step(token)
+        n = min(max_new_tokens, self.max_seq_len - start - T)
+        for i in range(n):
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
-            # The only wait for the device. What can go wrong there comes with the token.
-            token = torch.where(all_finite(logits), token, -1).cpu()
-            need(token.min() >= 0, not_finite(logits))
             if len(stops):
                 token = torch.where(ended, stops[0], token)
-                ended |= torch.isin(token, stops)
-            yield token
-            if len(stops) and ended.all():
+                ended |= (token[:, None] == stops).any(dim=1)
+            # All that the host must know comes with the token: there is no other wait.
+            said = torch.where(all_finite(logits), token, -1)
+            wait = copy_to_host(torch.stack((said, ended)))  # (2, B)
+            ahead = self.graph is not None and i + 1 < n
+            if ahead:
+                logits = self.step(token)
+            said, all_ended = wait()
+            need(said.min() >= 0, not_finite(logits))
+            yield said
+            if all_ended.all():
                 return
+            if not ahead and i + 1 < n:
+                logits = self.step(token)
+
+
+def copy_to_host(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Starts a copy, and returns the function that waits for it."""
+    if not x.is_cuda:
+        return lambda: x
+    copy = x.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
 
 
 def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:

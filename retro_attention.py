@@ -489,7 +489,7 @@ class RetroAttention:
             shape = (B, self.cache.config.window, heads, hs)
             what = "(batch, window, heads, head size)"
             need(found == shape, f"{name} must have shape {shape}, {what}, not {found}")
-        need(isinstance(t, torch.Tensor), f"t must be a 0-dim int64 tensor, not {t!r}")
+        need(isinstance(t, torch.Tensor), f"t must be a 0-dim int64 tensor, not {type(t)}")
 
     def __deepcopy__(self, memo: dict) -> "RetroAttention":
         """A layer with a cache of its own; `ops`, which has no state of the text, is shared."""

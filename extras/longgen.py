@@ -5,8 +5,10 @@
 
 With --n 1 a prompt asks one question, after worked examples as earlier turns. With more it has the
 form of LongGenBench (arXiv 2410.04199; paper, table 1): it asks n questions, and the model answers
-all of them in one long generation. All methods answer greedily. Each answer goes to the file --out;
-tables and numbers go to stdout, as in bench.py.
+all of them in one long generation. All methods answer greedily. Each answer goes to the file --out.
+Questions that the file already answers are not asked again. So a run that was stopped goes on, and
+files of several runs with the same settings can be joined and shown by one more run. Tables and
+numbers go to stdout, as in bench.py.
 """
 
 import argparse
@@ -16,13 +18,14 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import bench
 import sample
-from model import Llama, Tokenizer
+from model import Decoder, Llama, LlamaConfig, Tokenizer
 from retro_attention import RetroConfig, need
 
 # --------------------------------------------------------------------------------------------------
@@ -33,7 +36,7 @@ INSTRUCTION = (
     "examples: begin each answer with Answer_ and the number of its question, and end it with "
     "'The answer is' and a number. Do not repeat the questions."
 )
-DRAWS = 1_000_000  # of examples for one prompt, before `examples_for_one_length` gives up
+TRIALS = 1_000_000  # to draw examples for one prompt, before `OneLength` gives up
 
 
 def read_questions(path: str, needed: int) -> list[dict]:
@@ -51,7 +54,8 @@ def read_questions(path: str, needed: int) -> list[dict]:
         except (ValueError, KeyError, TypeError, AttributeError):
             what = "is not a question and an answer that ends in '#### number'"
             raise ValueError(f"{path}: line {i} {what}") from None
-        pairs.append({"question": question, "work": work.strip(), "result": number})
+        pair = {"question": question, "work": work.strip(), "result": number, "line": i - 1}
+        pairs.append(pair)
     need(len(pairs) >= needed, f"{path} has {len(pairs)} questions: {needed} are needed")
     return pairs
 
@@ -75,46 +79,80 @@ def conversation(examples: list[dict], questions: list[dict]) -> list[tuple[str,
     return [("system", INSTRUCTION), ("user", text)]
 
 
-def examples_for_one_length(
-    examples: list[dict], asked: list[list[dict]], shots: int, tok: Tokenizer
-) -> list[list[dict]]:
-    """Draws `shots` examples for the questions of each prompt, so that all prompts get the same
-    length. Raises ValueError if no draw does."""
-    # The tokens that each example and each prompt's questions add, up to a constant.
-    sizes = [len(tok.chat(conversation([example], asked[0]))) for example in examples]
-    bare = [len(tok.chat(conversation([], questions))) for questions in asked]
-    length = statistics.median_low(bare) + shots * round(statistics.mean(sizes))
-    generator = random.Random(0)
-    chosen = []
-    for i, own in enumerate(bare):
-        for _ in range(DRAWS):
-            drawn = generator.sample(range(len(examples)), shots)
-            if own + sum(sizes[j] for j in drawn) == length:
-                chosen.append([examples[j] for j in drawn])
-                break
-        found = len(chosen) > i
-        need(found, f"one_length: no {shots} examples make prompt {i} as long as the others")
-    return chosen
+def split_questions(args: argparse.Namespace, pairs: list[dict], draw: int) -> list[list[dict]]:
+    """The n questions of each prompt: those of the file in its order, or for draws 1, 2, ... in a
+    random order."""
+    order = list(pairs)
+    if draw > 0:
+        random.Random(draw).shuffle(order)
+    return [order[i * args.n : (i + 1) * args.n] for i in range(args.prompts)]
 
 
-def make_prompts(
-    args: argparse.Namespace, context: int, tok: Tokenizer
-) -> tuple[list[list[int]], list[list[float]]]:
-    """The ids of each prompt, and the results of its n questions. Raises ValueError if a prompt and
-    its answers exceed the context."""
-    n = args.n
+class OneLength:
+    """Draws examples for each prompt, so that all prompts get the same length, in all draws."""
+
+    def __init__(
+        self, args: argparse.Namespace, examples: list[dict], pairs: list[dict], tok: Tokenizer
+    ):
+        self.examples = examples
+        self.shots = args.shots
+        self.tok = tok
+        asked = split_questions(args, pairs, draw=0)
+        # The tokens that each example and each prompt's questions add, up to a constant.
+        self.sizes = [len(self.ids([x], asked[0])) for x in examples]
+        first = examples[: args.shots]
+        sizes = self.sizes[: args.shots]
+        self.constant = len(self.ids(first, asked[0])) - sum(sizes) - len(self.ids([], asked[0]))
+        bare = statistics.median_low(len(self.ids([], questions)) for questions in asked)
+        self.length = bare + args.shots * round(statistics.mean(self.sizes)) + self.constant
+
+    def ids(self, examples: list[dict], questions: list[dict]) -> list[int]:
+        return self.tok.chat(conversation(examples, questions))
+
+    def prompt(self, questions: list[dict], draw: int, i: int) -> list[int]:
+        """The ids of prompt i. Raises ValueError if no examples fit."""
+        wanted = self.length - self.constant - len(self.ids([], questions))
+        generator = random.Random(f"{draw}, {i}")
+        for _ in range(TRIALS):
+            drawn = generator.sample(range(len(self.examples)), self.shots)
+            if sum(self.sizes[j] for j in drawn) != wanted:
+                continue
+            ids = self.ids([self.examples[j] for j in drawn], questions)
+            if len(ids) == self.length:  # tokens may have merged where examples meet
+                return ids
+        what = f"no {self.shots} examples make prompt {i} of draw {draw} as long as the others"
+        raise ValueError(f"one_length: {what}")
+
+
+@dataclass
+class Prompt:
+    draw: int
+    number: int  # in its draw
+    ids: list[int]
+    questions: list[int]  # their lines in the file, from 0
+    results: list[float]
+
+
+def make_prompts(args: argparse.Namespace, context: int, tok: Tokenizer) -> list[Prompt]:
+    """The prompts of all draws. Raises ValueError if one and its answers exceed the context."""
     examples = read_questions(args.examples, args.shots)
-    pairs = read_questions(args.questions, args.prompts * n)
-    asked = [pairs[i * n : (i + 1) * n] for i in range(args.prompts)]
-    chosen = [examples[: args.shots]] * args.prompts
-    if args.one_length:
-        chosen = examples_for_one_length(examples, asked, args.shots, tok)
-    prompts = [tok.chat(conversation(*x)) for x in zip(chosen, asked, strict=True)]
-    longest = max(map(len, prompts))
-    most = context - args.answer_tokens * n
-    message = f"n = {n}: the context leaves {most} tokens for a prompt of {longest}"
+    pairs = read_questions(args.questions, args.prompts * args.n)
+    one_length = OneLength(args, examples, pairs, tok) if args.one_length else None
+    prompts = []
+    for draw in args.draws:
+        for i, questions in enumerate(split_questions(args, pairs, draw)):
+            if one_length:
+                ids = one_length.prompt(questions, draw, i)
+            else:
+                ids = tok.chat(conversation(examples[: args.shots], questions))
+            lines = [pair["line"] for pair in questions]
+            results = [pair["result"] for pair in questions]
+            prompts.append(Prompt(draw, i, ids, lines, results))
+    longest = max(len(prompt.ids) for prompt in prompts)
+    most = context - args.answer_tokens * args.n
+    message = f"n = {args.n}: the context leaves {most} tokens for a prompt of {longest}"
     need(longest <= most, f"{message}: choose a smaller n or answer_tokens")
-    return prompts, [[pair["result"] for pair in questions] for questions in asked]
+    return prompts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,81 +212,133 @@ def judge(text: str, first: int, results: list[float]) -> dict[str, list[bool]]:
     }
 
 
-def batches(prompts: list[list[int]], most: int) -> Iterator[list[int]]:
-    """The indices of all prompts: those of one length together, at most `most` at a time."""
+def batches(prompts: list[Prompt], most: int) -> Iterator[list[Prompt]]:
+    """All prompts: those of one length together, at most `most` at a time."""
     by_length = {}
-    for i, ids in enumerate(prompts):
-        by_length.setdefault(len(ids), []).append(i)
+    for prompt in prompts:
+        by_length.setdefault(len(prompt.ids), []).append(prompt)
     for same in by_length.values():
         for first in range(0, len(same), most):
             yield same[first : first + most]
 
 
-def answers(
-    method: bench.Method,
-    args: argparse.Namespace,
-    model: Llama,
-    tok: Tokenizer,
-    prompts: list[list[int]],
-) -> Iterator[tuple[int, list[int], range]]:
-    """Answers all prompts greedily, each until the model stops or its tokens are used up. Yields
-    the index of a prompt, the new ids, and the positions of the decode steps."""
-    most = args.answer_tokens * args.n
-    length = max(map(len, prompts)) + most  # the same for all batches, so that kernels compile once
-    for batch in batches(prompts, args.batch):
-        idx = torch.tensor([prompts[i] for i in batch], device=model.norm.weight.device)  # (B, T)
-        decoder = method.make(model, len(batch), method.retro, length)
-        steps = decoder.stream(idx, most, temperature=0, stop_tokens=tok.stop_tokens)
-        new = torch.stack(list(steps), dim=1)  # (B, n)
-        for i, ids in zip(batch, new.tolist(), strict=True):
-            ends = [j for j, token in enumerate(ids) if token in tok.stop_tokens]
-            n = ends[0] if ends else len(ids)
-            made = min(n + 1, len(ids))  # with the stop token; the prefill made the first
-            yield i, ids[:n], range(idx.shape[1], idx.shape[1] + made - 1)
+def answer(decoder: Decoder, batch: list[Prompt], most: int, stops: list[int]) -> list[list[int]]:
+    """The new ids after each prompt, greedily, up to and with a stop token."""
+    idx = torch.tensor([prompt.ids for prompt in batch], device=decoder.t.device)  # (B, T)
+    steps = decoder.stream(idx, most, temperature=0, stop_tokens=stops)
+    rows = torch.stack(list(sample.counted("answers", steps, most)), dim=1).tolist()  # (B, n)
+    answers = []
+    for ids in rows:
+        ends = [j for j, token in enumerate(ids) if token in stops]
+        answers.append(ids[: ends[0] + 1] if ends else ids)
+    return answers
+
+
+def kv_bytes(config: LlamaConfig, dtype: torch.dtype, retro: RetroConfig, steps: range) -> int:
+    """KV bytes that full attention reads in these steps."""
+    token = 2 * config.n_layer * config.n_kv_head * config.head_size * dtype.itemsize
+    return sum(map(retro.pages_held, steps)) * retro.page_size * token
 
 
 # --------------------------------------------------------------------------------------------------
 # The measurement
 
 
+def read_records(args: argparse.Namespace) -> tuple[list[dict], int]:
+    """The answers that the file `out` has already, and the bytes that they take; without a last
+    line that was cut off. Raises ValueError if they were made with other settings."""
+    if not Path(args.out).exists():
+        return [], 0
+    data = Path(args.out).read_bytes()
+    end = data.rfind(b"\n") + 1
+    expected = settings(args)
+    records = []
+    for i, line in enumerate(data[:end].splitlines(), 1):
+        try:
+            record = json.loads(line)
+            found = record.get("settings", expected)
+        except (ValueError, AttributeError):
+            raise ValueError(f"out {args.out}: line {i} is not an answer") from None
+        for name, x in expected.items():
+            same = found.get(name) == x
+            what = f"exists, with {name} {found.get(name)!r} instead of {x!r}"
+            need(same, f"out {args.out}: {what}")
+        if "settings" not in record:
+            records.append(record)
+    return records, end
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What the answers depend on. Of files and folders only the names, as they may move."""
+    names = ["checkpoint", "questions", "examples"]
+    found = {name: Path(vars(args)[name]).name for name in names}
+    names = ["shots", "n", "prompts", "answer_tokens", "one_length", "dtype"]
+    names += ["budget", "min_tokens", "page_size", "dense_layers"]
+    return found | {name: vars(args)[name] for name in names}
+
+
 def longgen(args: argparse.Namespace) -> dict:
     """Asks the questions with each method, and counts the right answers."""
-    need(not Path(args.out).exists(), f"out {args.out}: exists already")
+    records, end = read_records(args)
     sample.check_writable("out", args.out)
     retro = sample.retro_config(args, window=1)
     config, weights, tok, device, dtype = sample.load(args)
-    prompts, results = make_prompts(args, config.max_seq_len, tok)
+    prompts = make_prompts(args, config.max_seq_len, tok)
     model = Llama.from_weights(config, weights, device, dtype)
-    found = {}  # name -> index of the prompt -> record
-    with open(args.out, "x", encoding="utf-8", newline="\n") as file:
-        for name, method in bench.methods(retro, args.windows, args.control).items():
-            bench.progress(name)
-            found[name] = {}
-            for i, new, steps in answers(method, args, model, tok, prompts):
-                text = tok.decode(new)
-                share = method.kv_share(method.retro, model.config.n_layer, steps)
-                record = {"prompt": i, "method": name, "tokens": len(new), "text": text}
-                record |= {"kv_share": share} | judge(text, args.shots + 1, results[i])
-                print(json.dumps(record), file=file, flush=True)
-                found[name][i] = record
-    return summary(found, args)
+    most = args.answer_tokens * args.n
+    length = max(len(prompt.ids) for prompt in prompts) + most
+    found = {}  # method -> (draw, number of the prompt) -> record
+    for record in records:
+        found.setdefault(record["method"], {})[record["draw"], record["prompt"]] = record
+    asked = bench.methods(retro, args.windows, args.control)
+    with open(args.out, "a", encoding="utf-8", newline="\n") as file:
+        file.truncate(end)
+        if not records:
+            print(json.dumps({"settings": settings(args)}), file=file, flush=True)
+        for name, method in asked.items():
+            own = found.setdefault(name, {})
+            left = [prompt for prompt in prompts if (prompt.draw, prompt.number) not in own]
+            bench.progress(f"{name}: {len(left)} prompts")
+            for batch in batches(left, args.batch):
+                # The caches have one size for all batches, so that the kernels compile once.
+                decoder = method.make(model, len(batch), method.retro, length)
+                new = answer(decoder, batch, most, tok.stop_tokens)
+                del decoder  # its memory is for the next one
+                for prompt, ids in zip(batch, new, strict=True):
+                    record = {"draw": prompt.draw, "prompt": prompt.number, "method": name}
+                    record["questions"] = prompt.questions
+                    # The prefill made the first token.
+                    steps = range(len(prompt.ids), len(prompt.ids) + len(ids) - 1)
+                    record["tokens"] = len(ids)
+                    record["kv_share"] = method.kv_share(method.retro, config.n_layer, steps)
+                    record["kv_bytes"] = record["kv_share"] * kv_bytes(config, dtype, retro, steps)
+                    record["text"] = tok.decode([x for x in ids if x not in tok.stop_tokens])
+                    record |= judge(record["text"], args.shots + 1, prompt.results)
+                    print(json.dumps(record), file=file, flush=True)
+                    own[prompt.draw, prompt.number] = record
+    keys = [(prompt.draw, prompt.number) for prompt in prompts]
+    return summary({name: [found[name][key] for key in keys] for name in asked}, args)
 
 
-def summary(found: dict[str, dict[int, dict]], args: argparse.Namespace) -> dict:
+def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict:
     """Prints and returns the shares of questions that are right, under their number or at their
-    place, and answered."""
+    place, and answered. Standard errors are over prompts, those of all draws."""
     rows = {}
     for name, records in found.items():
-        rows[name] = {"kv_share": statistics.mean(x["kv_share"] for x in records.values())}
+        row = {"kv_share": statistics.mean(x["kv_share"] for x in records)}
+        row["tokens"] = statistics.mean(x["tokens"] for x in records)
+        row["MB/token"] = sum(x["kv_bytes"] for x in records) / row["tokens"] / len(records) / 1e6
+        rows[name] = row
     for key in ("right", "right by position", "answered"):
         values = {}
         for name, records in found.items():
-            by_prompt = [records[i][key] for i in range(args.prompts)]
-            values[name] = torch.tensor(by_prompt).double()  # (prompts, n)
+            values[name] = torch.tensor([x[key] for x in records]).double()  # (prompts, n)
         for name, row in bench.compare(values).items():
             rows[name][key] = row
-        title = f"{args.prompts} prompts of {args.n}: {key}; unanswered is wrong"
-        bench.show_comparison(title, key, ".1%", rows)
+        count = f"{len(args.draws)} x {args.prompts} prompts of {args.n}"
+        bench.show_comparison(f"{count}: {key}; unanswered is wrong", key, ".1%", rows)
+    title = "Tokens per prompt, and the KV bytes read for each"
+    bench.table(title, rows, {"tokens": ".0f", "MB/token": ".1f"})
     return rows
 
 
@@ -266,10 +356,12 @@ def add_options(add: Callable) -> None:
     add("--questions", required=True, help=help)
     add("--examples", required=True, help="likewise; its first lines are the worked examples")
     add("--shots", type=integer(0), default=8, help="worked examples per prompt")
-    help = "JSONL file of the answers, one line per prompt and method; must not exist yet"
+    help = "JSONL file of the answers, one line per prompt and method; it may have some already"
     add("--out", required=True, help=help)
     add("--n", type=integer(1), default=5, help="questions per prompt")
     add("--prompts", type=integer(2), default=20, help="prompts")
+    help = "orders of the questions: 0 is the file's, others are random, with other examples"
+    add("--draws", type=integer(0), nargs="+", default=[0], help=help)
     add("--answer_tokens", type=integer(1), default=256, help="maximum new tokens per question")
     help = "prompts of one length to answer as one batch"
     add("--batch", type=integer(1), default=32, help=help)
