@@ -25,7 +25,7 @@ import torch
 
 import bench
 import sample
-from model import Decoder, Llama, LlamaConfig, Tokenizer
+from model import Llama, Tokenizer
 from retro_attention import RetroConfig, need
 
 # --------------------------------------------------------------------------------------------------
@@ -222,22 +222,57 @@ def batches(prompts: list[Prompt], most: int) -> Iterator[list[Prompt]]:
             yield same[first : first + most]
 
 
-def answer(decoder: Decoder, batch: list[Prompt], most: int, stops: list[int]) -> list[list[int]]:
-    """The new ids after each prompt, greedily, up to and with a stop token."""
-    idx = torch.tensor([prompt.ids for prompt in batch], device=decoder.t.device)  # (B, T)
-    steps = decoder.stream(idx, most, temperature=0, stop_tokens=stops)
-    rows = torch.stack(list(sample.counted("answers", steps, most)), dim=1).tolist()  # (B, n)
-    answers = []
-    for ids in rows:
-        ends = [j for j, token in enumerate(ids) if token in stops]
-        answers.append(ids[: ends[0] + 1] if ends else ids)
-    return answers
+def ask(
+    method: bench.Method,
+    args: argparse.Namespace,
+    model: Llama,
+    tok: Tokenizer,
+    prompts: list[Prompt],
+    length: int,
+) -> Iterator[tuple[Prompt, list[int]]]:
+    """Asks all prompts greedily. Yields each with its new ids, which include a stop token. The
+    caches have room for `length` tokens in all batches, so the kernels compile only once."""
+    most = args.answer_tokens * args.n
+    for batch in batches(prompts, args.batch):
+        idx = torch.tensor([prompt.ids for prompt in batch], device=model.norm.weight.device)
+        decoder = method.make(model, len(batch), method.retro, length)
+        steps = decoder.stream(idx, most, temperature=0, stop_tokens=tok.stop_tokens)
+        steps = sample.counted("tokens, at most", steps, most)
+        new = torch.stack(list(steps), dim=1).tolist()  # (B, n)
+        del decoder, steps  # their memory is for the next batch
+        for prompt, ids in zip(batch, new, strict=True):
+            ends = [j for j, token in enumerate(ids) if token in tok.stop_tokens]
+            yield prompt, ids[: ends[0] + 1] if ends else ids
 
 
-def kv_bytes(config: LlamaConfig, dtype: torch.dtype, retro: RetroConfig, steps: range) -> int:
-    """KV bytes that full attention reads in these steps."""
-    token = 2 * config.n_layer * config.n_kv_head * config.head_size * dtype.itemsize
-    return sum(map(retro.pages_held, steps)) * retro.page_size * token
+def record_of(
+    prompt: Prompt,
+    name: str,
+    method: bench.Method,
+    args: argparse.Namespace,
+    model: Llama,
+    tok: Tokenizer,
+    ids: list[int],
+) -> dict:
+    """A line of the file: the answer to a prompt, which questions are right, and what it cost."""
+    config = model.config
+    first = len(prompt.ids)
+    steps = range(first, first + len(ids) - 1)  # the prefill made the first token
+    share = method.kv_share(method.retro, config.n_layer, steps)
+    pages = sum(t // args.page_size + 1 for t in steps)  # that full attention reads
+    vectors = 2 * config.n_layer * config.n_kv_head * config.head_size  # of a key and a value
+    nbytes = pages * args.page_size * vectors * model.norm.weight.itemsize
+    text = tok.decode([x for x in ids if x not in tok.stop_tokens])
+    return {
+        "draw": prompt.draw,
+        "prompt": prompt.number,
+        "method": name,
+        "questions": prompt.questions,
+        "tokens": len(ids),
+        "kv_share": share,
+        "kv_bytes": share * nbytes,
+        "text": text,
+    } | judge(text, args.shots + 1, prompt.results)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,26 +280,22 @@ def kv_bytes(config: LlamaConfig, dtype: torch.dtype, retro: RetroConfig, steps:
 
 
 def read_records(args: argparse.Namespace) -> tuple[list[dict], int]:
-    """The answers that the file `out` has already, and the bytes that they take; without a last
-    line that was cut off. Raises ValueError if they were made with other settings."""
+    """The answers that the file `out` has already, and their bytes in it. A last line that was cut
+    off does not count. Raises ValueError if other settings made them."""
     if not Path(args.out).exists():
         return [], 0
     data = Path(args.out).read_bytes()
     end = data.rfind(b"\n") + 1
-    expected = settings(args)
+    lines = data[:end].splitlines()
+    need(lines and b'"settings"' in lines[0], f"out {args.out}: is not a file of this command")
     records = []
-    for i, line in enumerate(data[:end].splitlines(), 1):
-        try:
-            record = json.loads(line)
-            found = record.get("settings", expected)
-        except (ValueError, AttributeError):
-            raise ValueError(f"out {args.out}: line {i} is not an answer") from None
-        for name, x in expected.items():
-            same = found.get(name) == x
-            what = f"exists, with {name} {found.get(name)!r} instead of {x!r}"
-            need(same, f"out {args.out}: {what}")
-        if "settings" not in record:
-            records.append(record)
+    for line in map(json.loads, lines):
+        if "settings" not in line:
+            records.append(line)
+            continue
+        for name, x in settings(args).items():
+            what = f"exists, with {name} {line['settings'].get(name)!r} instead of {x!r}"
+            need(line["settings"].get(name) == x, f"out {args.out}: {what}")
     return records, end
 
 
@@ -279,45 +310,29 @@ def settings(args: argparse.Namespace) -> dict:
 
 def longgen(args: argparse.Namespace) -> dict:
     """Asks the questions with each method, and counts the right answers."""
-    records, end = read_records(args)
+    known, end = read_records(args)
     sample.check_writable("out", args.out)
     retro = sample.retro_config(args, window=1)
     config, weights, tok, device, dtype = sample.load(args)
     prompts = make_prompts(args, config.max_seq_len, tok)
     model = Llama.from_weights(config, weights, device, dtype)
-    most = args.answer_tokens * args.n
-    length = max(len(prompt.ids) for prompt in prompts) + most
-    found = {}  # method -> (draw, number of the prompt) -> record
-    for record in records:
-        found.setdefault(record["method"], {})[record["draw"], record["prompt"]] = record
-    asked = bench.methods(retro, args.windows, args.control)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    length = longest + args.answer_tokens * args.n
+    found = {}  # method -> one record per prompt
     with open(args.out, "a", encoding="utf-8", newline="\n") as file:
         file.truncate(end)
-        if not records:
+        if end == 0:
             print(json.dumps({"settings": settings(args)}), file=file, flush=True)
-        for name, method in asked.items():
-            own = found.setdefault(name, {})
+        for name, method in bench.methods(retro, args.windows, args.control).items():
+            own = {(x["draw"], x["prompt"]): x for x in known if x["method"] == name}
             left = [prompt for prompt in prompts if (prompt.draw, prompt.number) not in own]
             bench.progress(f"{name}: {len(left)} prompts")
-            for batch in batches(left, args.batch):
-                # The caches have one size for all batches, so that the kernels compile once.
-                decoder = method.make(model, len(batch), method.retro, length)
-                new = answer(decoder, batch, most, tok.stop_tokens)
-                del decoder  # its memory is for the next one
-                for prompt, ids in zip(batch, new, strict=True):
-                    record = {"draw": prompt.draw, "prompt": prompt.number, "method": name}
-                    record["questions"] = prompt.questions
-                    # The prefill made the first token.
-                    steps = range(len(prompt.ids), len(prompt.ids) + len(ids) - 1)
-                    record["tokens"] = len(ids)
-                    record["kv_share"] = method.kv_share(method.retro, config.n_layer, steps)
-                    record["kv_bytes"] = record["kv_share"] * kv_bytes(config, dtype, retro, steps)
-                    record["text"] = tok.decode([x for x in ids if x not in tok.stop_tokens])
-                    record |= judge(record["text"], args.shots + 1, prompt.results)
-                    print(json.dumps(record), file=file, flush=True)
-                    own[prompt.draw, prompt.number] = record
-    keys = [(prompt.draw, prompt.number) for prompt in prompts]
-    return summary({name: [found[name][key] for key in keys] for name in asked}, args)
+            for prompt, ids in ask(method, args, model, tok, left, length):
+                answer = record_of(prompt, name, method, args, model, tok, ids)
+                print(json.dumps(answer), file=file, flush=True)
+                own[prompt.draw, prompt.number] = answer
+            found[name] = [own[prompt.draw, prompt.number] for prompt in prompts]
+    return summary(found, args)
 
 
 def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict:
@@ -325,10 +340,12 @@ def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict:
     place, and answered. Standard errors are over prompts, those of all draws."""
     rows = {}
     for name, records in found.items():
-        row = {"kv_share": statistics.mean(x["kv_share"] for x in records)}
-        row["tokens"] = statistics.mean(x["tokens"] for x in records)
-        row["MB/token"] = sum(x["kv_bytes"] for x in records) / row["tokens"] / len(records) / 1e6
-        rows[name] = row
+        tokens = sum(x["tokens"] for x in records)
+        rows[name] = {
+            "kv_share": statistics.mean(x["kv_share"] for x in records),
+            "tokens": tokens / len(records),
+            "MB/token": sum(x["kv_bytes"] for x in records) / tokens / 1e6,
+        }
     for key in ("right", "right by position", "answered"):
         values = {}
         for name, records in found.items():
@@ -337,7 +354,7 @@ def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict:
             rows[name][key] = row
         count = f"{len(args.draws)} x {args.prompts} prompts of {args.n}"
         bench.show_comparison(f"{count}: {key}; unanswered is wrong", key, ".1%", rows)
-    title = "Tokens per prompt, and the KV bytes read for each"
+    title = "Tokens written per prompt, and KV megabytes read per token"
     bench.table(title, rows, {"tokens": ".0f", "MB/token": ".1f"})
     return rows
 

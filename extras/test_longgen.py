@@ -44,13 +44,12 @@ def test_questions_are_read_as_gsm8k_has_them(tmp_path):
     write_jsonl(tmp_path / "x", [{"question": " How many?\n", "answer": answer}])
     pair = longgen.read_questions(str(tmp_path / "x"), 1)[0]
     work = "She has 1,000 * 2 = 2,000."
-    assert pair == {"question": "How many?", "work": work, "result": -2000}
+    assert pair == {"question": "How many?", "work": work, "result": -2000, "line": 0}
     assert longgen.solution(pair) == f"{work} The answer is -2000."
 
 
-def test_prompts_of_one_length(tmp_path):
-    """Each prompt's examples make up for the length of its questions, which stay its own."""
-    tok = Tokenizer.from_checkpoint(TINY)
+def some_pairs(tmp_path):
+    """Writes 40 examples and 20 questions of different lengths; returns the options."""
     words = "the wind blew and it was a dark night " * 9
     pairs = []
     for i in range(60):
@@ -58,18 +57,45 @@ def test_prompts_of_one_length(tmp_path):
         pairs.append({"question": question, "answer": words[: 11 * i % 170] + f"#### {i}"})
     write_jsonl(tmp_path / "examples", pairs[:40])
     write_jsonl(tmp_path / "questions", pairs[40:])
-    files = f"--examples {tmp_path}/examples --questions {tmp_path}/questions --out x"
-    args = longgen.parse_args(f"{files} --shots 3 --prompts 5 --one_length".split())
+    return f"--examples {tmp_path}/examples --questions {tmp_path}/questions --out x"
+
+
+def test_prompts_of_one_length(tmp_path):
+    """Each prompt's examples make up for the length of its questions, which stay its own, in every
+    draw."""
+    tok = Tokenizer.from_checkpoint(TINY)
+    options = f"{some_pairs(tmp_path)} --shots 3 --prompts 5 --one_length --draws 0 1"
+    args = longgen.parse_args(options.split())
     for n in (1, 4):
         args.n = n
-        prompts, results = longgen.make_prompts(args, 3000, tok)
-        assert len({len(ids) for ids in prompts}) == 1
-        assert results == [[40.0 + i * n + j for j in range(n)] for i in range(5)]
-        texts = [tok.decode(ids) for ids in prompts]
-        for i, text in enumerate(texts):
-            assert f"{40 + i * n}?" in text and text.count("?") == 3 + n
+        prompts = longgen.make_prompts(args, 3000, tok)
+        assert len({len(prompt.ids) for prompt in prompts}) == 1
+        texts = [tok.decode(prompt.ids) for prompt in prompts]
+        for prompt, text in zip(prompts, texts, strict=True):
+            numbers = re.findall(r"(\d+)\?", text)
+            assert len(numbers) == 3 + n
+            assert numbers[3:] == [f"{result:g}" for result in prompt.results]
+            assert prompt.results == [40.0 + line for line in prompt.questions]
         examples = {text[: text.index("?")] for text in texts}
         assert len(examples) > 1, "all prompts have the same examples"
+
+
+def test_a_draw_is_another_order_of_the_same_questions(tmp_path):
+    """Draw 0 has the file's order. The prompts of a draw don't depend on the other draws."""
+    tok = Tokenizer.from_checkpoint(TINY)
+    options = f"{some_pairs(tmp_path)} --shots 3 --prompts 5 --one_length --n 4".split()
+    draws = {}
+    for chosen in ("0", "1", "2", "2 0"):
+        args = longgen.parse_args([*options, "--draws", *chosen.split()])
+        draws[chosen] = longgen.make_prompts(args, 3000, tok)
+    orders = []
+    for draw in "012":
+        assert {prompt.draw for prompt in draws[draw]} == {int(draw)}
+        assert [prompt.number for prompt in draws[draw]] == list(range(5))
+        orders.append([line for prompt in draws[draw] for line in prompt.questions])
+    assert orders[0] == list(range(20)) == sorted(orders[1]) == sorted(orders[2])
+    assert orders[0] != orders[1] != orders[2]
+    assert draws["2 0"] == draws["2"] + draws["0"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,12 +179,13 @@ def measure(capsys, monkeypatch, tmp_path):
 
         monkeypatch.setattr(Decoder, "stream", stream)
         files = f"--questions {tmp_path}/questions --examples {tmp_path}/examples"
-        usual = f"{files} --out {tmp_path}/out --shots 3 --windows 2 --device cpu"
+        usual = f"{files} --out {tmp_path}/out --shots 3 --windows 2 --device cpu --dtype float32"
         assert longgen.main([*usual.split(), *options.split()]) == 0
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["command"] == "longgen"
         lines = (tmp_path / "out").read_text().splitlines()
-        return record["results"], [json.loads(line) for line in lines]
+        assert json.loads(lines[0])["settings"]["shots"] == 3
+        return record["results"], [json.loads(line) for line in lines[1:]]
 
     return run
 
@@ -217,7 +244,7 @@ def test_single_questions_are_asked_side_by_side(measure):
         assert found == {i: (said(question(i + 3)), [even[i]]) for i in range(17)}
         for record in own if name == "Quest" else ():
             first = first_position(tok, question(record["prompt"] + 3))
-            steps = range(first, first + record["tokens"])
+            steps = range(first, first + record["tokens"] - 1)
             assert record["kv_share"] == pytest.approx(quest_share(steps))
 
 
@@ -256,11 +283,60 @@ def test_kv_read_counts_the_positions_decoded(measure, stops):
     options = f"--n 1 --prompts 2 {sparse} --answer_tokens {most}"
     rows, records = measure(lambda prompt: said, options)
     record = next(x for x in records if x["method"] == "Quest" and x["prompt"] == 0)
-    assert record["tokens"] == (len(tok.encode(said)) if stops else most)
+    assert record["tokens"] == (len(tok.encode(said)) + 1 if stops else most)  # with the stop
+    # A key and a value in two layers of two KV heads of size 8, in float64.
+    held = sum(t // 8 + 1 for t in range(first, end)) * 8
+    assert record["kv_bytes"] == pytest.approx(record["kv_share"] * held * 2 * 2 * 2 * 8 * 8)
     assert record["kv_share"] == pytest.approx(quest_share(range(first, end)), rel=1e-9)
     shares = [x["kv_share"] for x in records if x["method"] == "Quest"]
     assert rows["Quest"]["kv_share"] == pytest.approx(sum(shares) / 2)
     assert rows["full"]["kv_share"] == 1 > rows["W=2"]["kv_share"]
+    nbytes, tokens = 0, 0
+    for x in records:
+        if x["method"] == "Quest":
+            nbytes += x["kv_bytes"]
+            tokens += x["tokens"]
+    assert rows["Quest"]["tokens"] == tokens / 2
+    assert rows["Quest"]["MB/token"] == pytest.approx(nbytes / tokens / 1e6)
+
+
+def test_a_run_that_was_stopped_goes_on(measure, tmp_path):
+    """Only what the file lacks is asked again, also a last line that was cut off. The rest and the
+    results stay the same."""
+    asked = []
+
+    def said(prompt):
+        asked.append(prompt)
+        return "The answer is 1003."
+
+    options = "--n 1 --prompts 4 --draws 0 1"
+    rows, records = measure(said, options)
+    assert len(asked) == len(records) == 3 * 8
+    out = tmp_path / "out"
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:20]) + lines[20][:30])
+    asked.clear()
+    again, records_again = measure(said, options)
+    assert again == rows and len(asked) == 24 - 19
+    key = lambda x: (x["method"], x["draw"], x["prompt"])  # noqa: E731
+    assert sorted(records_again, key=key) == sorted(records, key=key)
+
+
+def test_files_of_several_runs_can_be_joined(measure, tmp_path):
+    """Two draws, each with its own run, are those of one run with both, and nothing is asked."""
+    out = tmp_path / "out"
+    both, _ = measure(lambda prompt: "The answer is 1003.", "--n 1 --prompts 4 --draws 0 1")
+    parts = []
+    for draw in (1, 0):
+        out.unlink()
+        measure(lambda prompt: "The answer is 1003.", f"--n 1 --prompts 4 --draws {draw}")
+        parts.append(out.read_text())
+    out.write_text("".join(parts))
+    joined, _ = measure(lambda prompt: 1 / 0, "--n 1 --prompts 4 --draws 0 1")
+    assert joined == both
+    assert len(joined["full"]["right"]["by_passage"]) == 8
+    with pytest.raises(AssertionError):  # exit code 2
+        measure(lambda prompt: "", "--n 1 --prompts 4 --budget 0.5")
 
 
 @pytest.mark.parametrize("options, message", [
@@ -274,8 +350,11 @@ def test_kv_read_counts_the_positions_decoded(measure, stops):
     ("--questions {0} --examples {0} --out x --shots 1 --prompts 2 --n 1 --answer_tokens 4090",
      r"n = 1: the context leaves 6 tokens for a prompt of \d+: choose a smaller n"),
     ("--questions {0} --examples {0} --out x --shots 2 --prompts 3 --n 1 --one_length",
-     "one_length: no 2 examples make prompt 0 as long as the others"),
-    ("--questions LICENSE --examples LICENSE --out README.md", "out README.md: exists already"),
+     "one_length: no 2 examples make prompt 0 of draw 0 as long as the others"),
+    ("--questions LICENSE --examples LICENSE --out README.md",
+     "out README.md: is not a file of this command"),
+    ("--questions {0} --examples {0} --out {0}.answers",
+     "out {0}.answers: exists, with n 7 instead of 5"),
     ("--questions LICENSE --examples LICENSE --out no/x", "out no/x: No such file"),
     ("--questions {0} --examples {0} --out x --budget 2", "budget must be in \\(0, 1\\], not 2.0"),
 ])  # fmt: skip
@@ -288,7 +367,9 @@ def test_a_mistake_is_one_clear_line(capsys, monkeypatch, tmp_path, options, mes
     for i, question in enumerate(("?", "Who? " * 9, "Who knows? " * 99)):
         pairs.append({"question": question, "answer": f"#### {i}"})
     write_jsonl(tmp_path / "pairs", pairs)
-    monkeypatch.setattr(longgen, "DRAWS", 100)
+    args = longgen.parse_args("--questions pairs --examples pairs --out x --n 7".split())
+    write_jsonl(tmp_path / "pairs.answers", [{"settings": longgen.settings(args)}])
+    monkeypatch.setattr(longgen, "TRIALS", 100)
     options = options.format(tmp_path / "pairs").split()
     result = run_main(longgen.main, options, capsys)
     refused_in_a_line(result, message.format(re.escape(str(tmp_path / "pairs"))))
