@@ -50,8 +50,8 @@ def progress(text: str) -> None:
 
 
 def table(title: str, rows: dict[str, dict], forms: dict[str, str]) -> None:
-    """Prints each row's name and, for each column in `forms`, the row's value in that format; a
-    dash where the row has none."""
+    """Prints each row's name and, for each column in `forms`, the row's value in that format, or
+    a dash if it has none."""
     lines = [["", *forms]]
     for name, row in rows.items():
         cells = ["-" if row.get(x) is None else format(row[x], form) for x, form in forms.items()]
@@ -91,9 +91,9 @@ class CountExposure(OpsWrapper):
 
 class NotLookingBack(OpsWrapper):
     """The control: no page is new to a past row. So this is Quest with as many pages as W rows
-    load, chosen by the same rule. What W gains over it is not due to the additional pages. (It is
-    also RetroAttention that corrects outputs, but overwrites no K and V: a correction reaches later
-    tokens in no other way.)"""
+    load, chosen by the same rule. What W gains over it is not due to the additional pages.
+    (RetroAttention without overwriting K and V would be the same, because a correction reaches
+    later tokens in no other way.)"""
 
     def attend(self, q, cache, pages, loaded_before, t):
         if pages is not None:  # not in prefill
@@ -190,8 +190,8 @@ def passages(args: argparse.Namespace, model: Llama, tok: Tokenizer) -> torch.Te
 def forced(
     decoder: Decoder, idx: torch.Tensor, prefix: int, decoded: int = 0
 ) -> Iterator[torch.Tensor]:
-    """Feeds tokens prefix .. T-2 of idx (B, T) one by one, and yields for each the log-
-    probabilities of the next, (B, vocab). It also decodes the last `decoded` tokens of the prefix,
+    """Feeds tokens prefix .. T-2 of idx (B, T) one by one, and yields after each the next token's
+    log-probabilities (B, vocab). Before that it decodes the last `decoded` tokens of the prefix,
     instead of prefilling them."""
     decoder.prefill(idx[:, : prefix - decoded])
     for i in range(prefix - decoded, idx.shape[1] - 1):
@@ -316,8 +316,8 @@ def times(run: Callable, n: int) -> list[float]:
 
 
 def microseconds(layers: list[Callable]) -> float:
-    """Microseconds per layer when all layers run one after the other: the median of 20 runs, on a
-    GPU of replays of a CUDA graph."""
+    """Microseconds per layer when all layers run one after the other: the median of 20 runs (on
+    a GPU, of replays of a CUDA graph)."""
 
     def run():
         for layer in layers:
@@ -364,8 +364,8 @@ def begin(args: argparse.Namespace) -> tuple[LlamaConfig, torch.dtype, dict[str,
 
 
 def fill(cache: retro_attention.LayerCache, t: int) -> None:
-    """Random contents, as a step to position t finds them: the window's past rows have seen some of
-    the pages, but not all."""
+    """Fills a cache at random, as a step to position t finds it: the window's past rows have seen
+    some of the pages, but not all."""
     for x in (cache.k, cache.v, cache.out, cache.lse):
         if x is not None:
             x.normal_()
@@ -378,7 +378,7 @@ def fill(cache: retro_attention.LayerCache, t: int) -> None:
 def layer_bytes(
     retro: RetroConfig, shape: LlamaConfig, B: int, context: int, size: int
 ) -> dict[str, int]:
-    """Bytes that a layer must read (paper, section 2.5); a number of the model has `size` bytes.
+    """Bytes that a layer must read (paper, section 2.5, Eqs. 3-5); an element has `size` bytes.
     "four" is the limit of the kernels after `write`: the bounds of the pages held, and K and V of
     the pages selected."""
     vectors = 2 * B * shape.n_kv_head * shape.head_size * size  # a key and a value, or two bounds
@@ -455,7 +455,7 @@ def kernel_row(
     layers: list[dict[str, Callable]], nbytes: dict[str, int], rate: float
 ) -> dict[str, float | None]:
     """Microseconds per layer of each stage of `layers` (see `stages`), and how near the kernels
-    come to the limit of the bytes; `rate` in bytes per second."""
+    come to the byte limit; `rate` is in bytes per second."""
     us = {}
     for name in layers[0]:
         try:
@@ -538,7 +538,7 @@ def step_bytes(model: Llama, retro: RetroConfig | None, B: int, context: int) ->
 def nearly_full(
     model: Llama, B: int, retro: RetroConfig | None, context: int, left: int
 ) -> Decoder:
-    """A decoder with random caches, for which `left` positions of the context are left."""
+    """A decoder with random caches, which leave `left` positions of the context free."""
     torch.cuda.empty_cache()
     decoder = Decoder(model, B, retro, context)
     decoder.position = context - 1 - left
@@ -558,7 +558,7 @@ def step_times(model: Llama, B: int, retro: RetroConfig | None, context: int) ->
 
 def token_times(model: Llama, B: int, retro: RetroConfig | None, context: int) -> list[float]:
     """Milliseconds of the last 30 tokens of the context, sampled with the defaults of `generate`: a
-    step, the sampling, and the way of the token to the host."""
+    step, the sampling, and the token's copy to the host."""
     decoder = nearly_full(model, B, retro, context, left=36)
     prompt = torch.randint(model.config.vocab_size, (B, 1), device=decoder.t.device)
     stream = decoder.stream(prompt, 35, append=True)
@@ -623,7 +623,7 @@ def decode(args: argparse.Namespace, more: dict[str, Callable] | None = None) ->
         rows |= found
     forms = {"ms": ".3f", "bytes": ".3g", "share": ".0%", "full/this": ".2f", "this/Quest": ".3f"}
     title = """Milliseconds per step of the batch; ms/token: with sampling (.8, top_p .95).
-Share: the time that the step's bytes need, of the step's."""
+Share: the time that the step's bytes need, divided by the step's."""
     table(title, rows, {"ms": ".3f", "ms/token": ".3f"} | forms)
     return {"memory_rate": rates, "rows": list(rows.values())}
 
@@ -633,7 +633,7 @@ Share: the time that the step's bytes need, of the step's."""
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """For argparse: an integer that is no less."""
+    """For argparse: an integer >= `least`."""
 
     def integer(text: str) -> int:
         if int(text) < least:
@@ -653,10 +653,10 @@ def setting(text: str) -> tuple[int, int]:
 
 
 def text_options(add: Callable, passages: int, least: int, length: int) -> None:
-    """The defaults are for the checkpoint in tiny/ on a CPU: with the paper's floor of 256 tokens
+    """The defaults are for the checkpoint in tiny/ on a CPU. With the paper's floor of 256 tokens
     and two dense layers, a model of ten layers would show little in texts this short."""
     retro = RetroConfig(min_tokens=32, dense_layers=0)
-    # In a small model, bfloat16 rounds by as much as is measured.
+    # In a small model, bfloat16's rounding is as large as what is measured.
     sample.add_model_options(add, retro, dtype="float32")
     windows = [2, 4, 8]
     add("--windows", type=at_least(1), nargs="+", default=windows, help="windows to measure")
@@ -676,7 +676,7 @@ def quality_options(add: Callable) -> None:
 
 
 def speed_options(add: Callable, settings: list[tuple[int, int]], windows: list[int]) -> None:
-    """On a GPU if there is one; else with the reference, which tells little about speed."""
+    """Options for a GPU; without one, for the reference, which tells little about speed."""
     gpu = torch.cuda.is_available()
     if not gpu:
         settings = [(1024, 1), (4096, 1)]
@@ -697,7 +697,7 @@ def decode_options(add: Callable) -> None:
     speed_options(add, settings, windows=[2, 4, 8])
     help = "first layers, dense; 0 gives all layers the same byte limit"
     add("--dense_layers", type=at_least(0), default=0, help=help)
-    help = "rounds; each times all methods in turn, 30 steps each"
+    help = "rounds; each measures all methods in turn, 30 steps each"
     add("--rounds", type=at_least(1), default=3, help=help)
 
 

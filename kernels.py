@@ -1,8 +1,8 @@
 """The Triton twin of each step of RetroAttention: same names, signatures and order as in
 `retro_attention.py`.
 
-    1. write    grid (B, n_head + n_kv_head)       a program rotates the rows of one head; that of
-                                                   a KV head stores k, v and updates the bounds
+    1. write    grid (B, n_head + n_kv_head)       a program rotates the rows of one head; for a KV
+                                                   head it also stores k, v and updates the bounds
     2. score    grid (B * n_kv_head, blocks of P)  a scan of the page bounds
     3. select   grid (B * n_kv_head,)              exact top-k in registers, and the exposure mask
     4. attend   grid (splits, B * n_kv_head)       flash attention of W * G rows over a share of the
@@ -51,7 +51,7 @@ def finite(lse):
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. write                               paper: section 2.1 (page bounds), section 2.4 (propagation)
+# 1. write                     paper: section 2.1 (page bounds), section 2.4, Fig. 4 (propagation)
 
 
 def write(q, k, v, cos, sin, cache, t: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ def write(q, k, v, cos, sin, cache, t: torch.Tensor) -> torch.Tensor:
     n_kv_head, P = cache.k.shape[1:3]
     for x in (cos, sin, cache.k, cache.v):
         assert x.is_contiguous(), "angles and cache must be contiguous"
-    # q, k and v may be slices of the output of wqkv: row b * W + w begins at its number * stride.
+    # q, k and v may be slices of the output of wqkv: row n = b * W + w begins at n * stride.
     # (If W = 1, stride(1) is arbitrary.)
     strides = []
     for x in (q, k, v):
@@ -116,7 +116,7 @@ def write_kernel(
     sin_rows = tl.load(sin + angles, mask=real, other=0.0).to(tl.float32)  # (ROWS, HS / 2)
 
     if head < n_head:
-        # Also rows before the start, because all of q_rotated must be defined.
+        # Rows before the start are rotated too, because all of q_rotated must be defined.
         inside = (w < W)[:, None]  # (ROWS, 1)
         x = tl.load(q + row * q_stride + head * HS + i[None, :], mask=inside, other=0.0)
         x = rotate(x, cos_rows, sin_rows, ROWS, HS).to(x.dtype)  # (ROWS, HS)
@@ -256,7 +256,8 @@ def select_kernel(
                                                  in the kernel, small ones here)
 
     The search keeps a threshold `low` that at least `count` ranks reach (a rank reaches x if it is
-    >= x), and a threshold `high` that at most `count` reach:
+    >= x), and a threshold `high` that at most `count` reach. They begin at the smallest rank, and
+    one above the largest that is not the window's:
 
         low  high  middle  reached by
          10    51      30           5   low = 30
@@ -286,9 +287,9 @@ def select_kernel(
     rank = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # (N,)
     rank = tl.where(is_held, tl.where(always, 0xFFFFFFFF, rank), 0).to(tl.uint32)
 
-    # Bisection. `reach_low` ranks reach low, at least `count`. `reach_high` ranks reach high, at
-    # most `count`: fewer, unless only the window's pages are chosen. It ends when exactly `count`
-    # ranks reach low, or when only equal ranks are left.
+    # Bisection. `reach_low` >= count ranks reach low, and `reach_high` <= count ranks reach high
+    # (< count, unless only the window's pages are chosen). It ends when exactly `count` ranks reach
+    # low, or when only equal ranks are left.
     low = tl.min(tl.where(is_held, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
     high = tl.max(tl.where(always, 0, rank).to(tl.uint32), axis=0) + 1
     reach_low = t // PS + 1
@@ -303,7 +304,7 @@ def select_kernel(
             high = middle
             reach_high = reach_middle
     chosen = rank >= low  # (N,)
-    if reach_low > count:  # of equal ranks, the lower pages
+    if reach_low > count:  # of equal ranks, take the lower pages
         tied = rank == low
         room = count - reach_high
         chosen = (rank > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
@@ -337,7 +338,7 @@ def attend(
     it; without `pages` over all pages held. One part per split: o (splits, B, W, n_head, hs),
     lse (splits, B, W, n_head), both float32."""
     B, W, n_head, hs = q.shape
-    assert W == cache.config.window, f"q has {W} rows, but the window {cache.config.window}"
+    assert W == cache.config.window, f"q has {W} rows, but the window is {cache.config.window}"
     assert q.is_contiguous(), "q must be contiguous"
     n_kv_head, P, ps = cache.k.shape[1:4]
     G = n_head // n_kv_head
@@ -345,8 +346,8 @@ def attend(
     # A tile of keys is what a program has in flight. In float32, a larger one does not fit the
     # registers.
     KEYS = 128 if q.element_size() == 2 else 32
-    # About two programs per multiprocessor (an H100 has 132), but no more than there are tiles of
-    # keys in a full list, and at most 64, because `combine` holds all parts of a row in registers.
+    # About two programs per multiprocessor (an H100 has 132), but no more splits than a full list
+    # has tiles of keys, and at most 64, because `combine` holds all parts of a row in registers.
     programs = 256 if q.is_cuda else 3  # in the interpreter, enough to have parts to merge
     splits = max(1, min(programs // (B * n_kv_head), triton.cdiv(MAX_PAGES * ps, KEYS), 64))
     o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
@@ -427,14 +428,14 @@ def attend_kernel(
 
     # A row to which nothing is new has acc = 0 and top = -inf, so o = 0 and lse = -inf.
     norm = tl.where(norm > 0, norm, 1.0)
-    # (ROWS,) in (splits, B, W, n_head)
+    # (ROWS,) in (splits, B, W, n_head), of which num_programs(1) * G is B * n_head
     part = split.to(tl.int64) * tl.num_programs(1) * W * G + row
     tl.store(o + part[:, None] * HS + i[None, :], acc / norm[:, None], mask=inside[:, None])
     tl.store(lse + part, (top + tl.log2(norm)) / LOG2E, mask=inside)
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. combine                        paper: section 2.3 (output cache), appendix C (merged outputs)
+# 5. combine                      paper: section 2.3 (output cache), appendix C.2 (merged outputs)
 
 
 def combine(o: torch.Tensor, lse: torch.Tensor, cache, t: torch.Tensor) -> torch.Tensor:
@@ -471,7 +472,7 @@ def combine_kernel(
     b = row // (n_head * W)
     i = tl.arange(0, HS)
     split = tl.arange(0, SPLITS)
-    part = split * tl.num_programs(0) + row  # (SPLITS,) in (splits, B, W, n_head)
+    part = split * tl.num_programs(0) + row  # (SPLITS,) in (splits, B, W, n_head): B*W*n_head apart
     some = split < splits  # (SPLITS,)
     part_lse = tl.load(lse + part, mask=some, other=float("-inf"))  # (SPLITS,)
     parts = tl.load(o + part[:, None] * HS + i[None, :], mask=some[:, None], other=0.0)
@@ -495,7 +496,7 @@ def combine_kernel(
     result = result / norm
     tl.store(merged + row * HS + i, result.to(merged.dtype.element_ty))
     if cache_out is not None:  # update the past rows, push the newest
-        tl.debug_barrier()  # every thread of the program has read the old lse
+        tl.debug_barrier()  # wait until every thread has read the old lse
         tl.store(cache_lse + slot, top + tl.log2(norm) / LOG2E)
         tl.store(cache_out + slot * HS + i, result)
 

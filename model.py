@@ -1,15 +1,15 @@
 """A Llama in one file, decoded with RetroAttention.
 
-Start at `Llama`, the model, and read upwards: `Block` is one layer, `Attention` the part that hands
-its queries, keys and values to `retro_attention.py`. Below `Llama`, `Decoder` takes one batch of
-texts through prefill and decode steps; `generate` and `score` are loops over it. The second part,
-which reads checkpoints and tokenizers, is not needed to understand the method.
+Start at `Llama`, the model, and read upwards. `Block` is one layer, and `Attention` the part that
+hands its queries, keys and values to `retro_attention.py`. Below `Llama`, `Decoder` takes one batch
+of texts through prefill and decode steps; `generate` and `score` are loops over it. The second
+part, which reads checkpoints and tokenizers, is not needed to understand the method.
 
 Shapes stand at the end of the line that makes the tensor: B batch, T tokens, W rows of the
 retrospective window (newest last), n_head and n_kv_head heads, hs head size.
 
-RoPE rotates neighbours, (x0, x1), (x2, x3) ..., as in Meta's checkpoints. `wqkv` stacks Meta's wq,
-wk and wv, `w13` stacks w1 and w3; `Llama.weights` splits them again.
+RoPE rotates neighbouring pairs, (x0, x1), (x2, x3) ..., as in Meta's checkpoints. `wqkv` stacks
+Meta's wq, wk and wv, `w13` stacks w1 and w3; `Llama.weights` splits them again.
 """
 
 import base64
@@ -90,8 +90,8 @@ def rope_table(
     exponents = torch.arange(0, config.head_size, 2, **like) / config.head_size  # (hs / 2,)
     freqs = 1.0 / float(config.rope_theta) ** exponents
     if config.rope_scaling is not None:
-        # Wavelengths that fit at least four times into the 8,192 tokens of pre-training stay, those
-        # that don't fit once are stretched by the factor, and those in between are blended.
+        # Wavelengths that fit at least four times into the 8,192 tokens of pre-training are kept.
+        # Those that don't fit once are stretched by the factor, and those in between are blended.
         turns = 8192 * freqs / (2 * math.pi)
         keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / float(config.rope_scaling)
@@ -187,7 +187,7 @@ class Block(nn.Module):
         t: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, dim) -> (B, T, dim); `retro` and `t` as in `Attention.forward`."""
-        # Without `retro` the model may be training, and the kernels have no gradients.
+        # Without `retro` the model may be training, and only the reference has gradients.
         ops = retro_attention if retro is None else retro.ops
         a = self.attention_norm
         f = self.ffn_norm
@@ -201,7 +201,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        # With its own initialisation, a table on the meta device would import torch._dynamo, which
+        # On the meta device, nn.Embedding's own initialisation would import torch._dynamo, which
         # takes seconds.
         table = torch.randn(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=table)
@@ -218,8 +218,8 @@ class Llama(nn.Module):
         retros: Sequence[RetroAttention | None],
         t: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B, T) ids -> (B, T, dim) before the final norm; one of `retros` for each layer, and t,
-        as in `Attention.forward`."""
+        """(B, T) ids -> (B, T, dim) before the final norm. `retros` has one `retro` per layer; it
+        and t are as in `Attention.forward`."""
         x = self.tok_embeddings(idx)  # (B, T, dim)
         for block, retro in zip(self.layers, retros, strict=True):
             x = block(x, cos, sin, retro, t)
@@ -318,7 +318,7 @@ class Llama(nn.Module):
         """Loads Meta's format (`params.json`, `consolidated.00.pth`) or, with extras/, Hugging
         Face's (`config.json`, `*.safetensors`). `max_seq_len` replaces the checkpoint's context.
 
-        Raises ValueError if a file is missing or broken, or the model needs what is not supported.
+        Raises ValueError if a file is missing or broken, or the model needs an unsupported feature.
         """
         is_dtype = isinstance(dtype, torch.dtype)
         need(is_dtype, f"dtype must be a torch.dtype such as torch.float32, not {dtype!r}")
@@ -336,11 +336,11 @@ class Llama(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> "Llama":
         """A model with these weights, under Meta's names. Empties `weights`, because a memory map
-        is freed with its last tensor.
+        is freed only with its last tensor.
 
         Raises ValueError if a tensor is missing, unknown, misshapen or not floating-point.
         """
-        with torch.device("meta"):  # no memory, no random numbers for weights to be overwritten
+        with torch.device("meta"):  # no memory or random numbers for weights that are overwritten
             model = cls(config)
         expected = model.weights()
         for name in sorted(expected.keys() | weights.keys()):
@@ -361,9 +361,9 @@ class Llama(nn.Module):
 
 
 def choose_threads(parameters: int) -> None:
-    """Takes one thread for a small model on a CPU. Its products are too small to share: threads
-    wait for each other, above all on a busy machine. A number that somebody has set, by
-    OMP_NUM_THREADS or torch.set_num_threads, stays."""
+    """Uses one thread for a small model on a CPU, because threads that share its small products
+    wait for each other, above all on a busy machine. Keeps a number that was set by OMP_NUM_THREADS
+    or torch.set_num_threads."""
     cpus = os.cpu_count()
     is_set = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() not in (cpus, cpus // 2)
     if parameters < 200_000_000 and not is_set:
@@ -390,7 +390,7 @@ def check_vocabulary(ids: torch.Tensor, vocab_size: int) -> None:
 def check_prompt(T: int, context: int) -> None:
     """Raises ValueError unless a prompt of T tokens leaves room for one more."""
     fits = 1 <= T < context
-    need(fits, f"the prompt has {T} tokens, must have 1 to {context - 1}: the context is {context}")
+    need(fits, f"the prompt must have 1 to {context - 1} tokens, not {T}: the context is {context}")
 
 
 def check_dense(n: int, config: LlamaConfig) -> None:
@@ -453,8 +453,9 @@ class Decoder:
         self.t = torch.full((), -1, dtype=torch.long, device=device)  # the newest token's position
         self.position = -1  # the same number on the host; None after a call that failed
         # On a GPU a step is hundreds of short kernels. A CUDA graph launches them at once. Its
-        # input is `token`, its output `newest_logits`. One graph serves all lengths of the text: t
-        # rises inside it, the kernels read t on the device, and their grids fit a full cache.
+        # input is `token`, its output `newest_logits`. One graph serves all lengths of the text,
+        # because t rises inside it, the kernels read t on the device, and their grids fit a full
+        # cache.
         self.graph = None
         self.token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) the newest
         self.newest_logits = None  # (B, vocab)
@@ -469,7 +470,7 @@ class Decoder:
         B = len(self.tokens)
         most = self.max_seq_len
         need(len(idx) == B, f"the prompt has {len(idx)} texts, but the decoder was made for {B}")
-        need(1 <= T <= most, f"the prompt has {T} tokens, must have 1 to {most}")
+        need(1 <= T <= most, f"the prompt must have 1 to {most} tokens, not {T}")
         check_vocabulary(idx, self.model.config.vocab_size)
         self.position = None
         self.tokens[:, :T] = idx
@@ -499,7 +500,7 @@ class Decoder:
         elif self.graph is None:
             logits = self._step()  # compiles the kernels, which a capture cannot do
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records the steps to come; nothing runs
+            with torch.cuda.graph(graph):  # records the steps to come; nothing runs, t stays
                 self.newest_logits = self._step()
             self.graph = graph
         else:
@@ -539,11 +540,11 @@ class Decoder:
         append: bool = False,
     ) -> Iterator[torch.Tensor]:
         """Yields the (B,) next tokens, on the CPU; arguments and errors as in `Llama.generate`.
-        With `append`, idx does not start a text, but follows the one that was read so far, token by
-        token.
+        With `append`, idx does not start a text. It is decoded token by token, after the text so
+        far.
 
         With a CUDA graph, the next step is launched before the host reads a token. Otherwise the
-        GPU would be idle meanwhile. So a text that ends with a stop token has read it, too.
+        GPU would be idle meanwhile. So the caches also hold the stop token that ends a text.
         """
         B, T = check_ids(idx)
         start = 0
@@ -566,7 +567,7 @@ class Decoder:
             if len(stops):
                 token = torch.where(ended, stops[0], token)
                 ended |= (token[:, None] == stops).any(dim=1)
-            # All that the host must know comes with the token: there is no other wait.
+            # All that the host must know comes with the token, so there is no other wait.
             said = torch.where(all_finite(logits), token, -1)
             wait = copy_to_host(torch.stack((said, ended)))  # (2, B)
             ahead = self.graph is not None and i + 1 < n
@@ -608,7 +609,7 @@ def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
 def all_finite(logits: torch.Tensor) -> torch.Tensor:
     """(B, vocab) -> (B,): whether all logits of a row are finite. Otherwise sampling would be
     meaningless."""
-    return logits.abs().amax(dim=-1).isfinite()  # the largest of numbers with a NaN is NaN
+    return logits.abs().amax(dim=-1).isfinite()  # the maximum is NaN if any element is
 
 
 def not_finite(logits: torch.Tensor) -> str:
@@ -655,13 +656,13 @@ def sample_token(
     logits = logits.float()
     weights = ((logits - logits[:, :1]) / temperature).exp()  # probabilities, up to a factor
     if top_p is not None:
-        # Keep the smallest set of likeliest tokens that holds top_p: a token stays if those before
-        # it hold less.
+        # Keep the smallest set of likeliest tokens that holds top_p. So a token stays if those
+        # before it hold less.
         beyond = sum_before(weights) >= top_p * weights.sum(dim=-1, keepdim=True)
         beyond[:, 0] = False  # also if top_p underflows to 0
         weights = weights.masked_fill(beyond, 0)
     # A race: each token arrives after a random time, exponentially distributed, with its weight as
-    # the rate. Then each is the first with its probability.
+    # the rate. The chance that it arrives first is its probability.
     times = torch.empty_like(weights).exponential_(generator=generator)  # for rates of 1
     first = (weights / times).argmax(dim=-1, keepdim=True)  # (B, 1)
     return ids.gather(1, first).squeeze(1)
@@ -686,7 +687,7 @@ def sum_before(x: torch.Tensor) -> torch.Tensor:
 def read_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
     """A folder's configuration and its weights, as memory maps, under Meta's names.
 
-    Raises ValueError if a file is missing or broken, or the model needs what is not supported.
+    Raises ValueError if a file is missing or broken, or the model needs an unsupported feature.
     """
     if is_hugging_face(folder):
         config, weights = hugging_face(folder).read_checkpoint(folder)
@@ -702,8 +703,8 @@ def read_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, torch.Te
 
 
 def is_hugging_face(folder: str | Path) -> bool:
-    """Whether `folder` has Hugging Face's format; it wins if both formats are there. Raises
-    ValueError if there is no such folder, or neither format in it."""
+    """Whether `folder` has Hugging Face's format, which wins if both are there. Raises
+    ValueError if there is no such folder, or if it has neither format."""
     folder = Path(folder)
     reason = "must be a folder" if folder.exists() else "no such folder"
     hint = "download a model's folder first, see the README"
@@ -730,7 +731,7 @@ def checkpoint_file(folder: str | Path, name: str) -> Path:
 
 
 def config_from_params(params: dict, tie_embeddings: bool = False) -> LlamaConfig:
-    """From the keys of Meta's params.json. Raises ValueError if one is missing or out of range."""
+    """The config from Meta's params.json. Raises ValueError if a key is missing or out of range."""
     for key in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of"):
         x = params.get(key, "missing")
         fits = isinstance(x, int) and x >= 1
@@ -761,13 +762,13 @@ def config_from_params(params: dict, tie_embeddings: bool = False) -> LlamaConfi
 
 
 def read_pth(folder: str | Path) -> dict[str, torch.Tensor]:
-    """consolidated.00.pth."""
+    """Reads consolidated.00.pth."""
     path = checkpoint_file(folder, "consolidated.00.pth")
     several = (path.parent / "consolidated.01.pth").exists()
-    need(not several, f"checkpoint {folder}: split over several consolidated.*.pth: not supported")
+    need(not several, f"checkpoint {folder}: several consolidated.*.pth files are not supported")
     try:
-        # weights_only, because a pickle could run code. mmap, so that there is no second model in
-        # memory: a tensor is read when it is copied.
+        # weights_only, because a pickle could run code. mmap reads a tensor when it is copied, so
+        # that there is no second model in memory.
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # broken files raise anything, with advice that is not for the user
         reason = f"not a readable PyTorch file of weights ({type(error).__name__})"
@@ -783,14 +784,14 @@ def read_pth(folder: str | Path) -> dict[str, torch.Tensor]:
 
 class Tokenizer:
     """Llama 3's byte-pair encoding on tiktoken. The file has lines "<token in base64> <rank>"; 256
-    special tokens follow."""
+    special tokens take the next ids."""
 
-    # How a text is split into pieces, inside which byte pairs are merged.
+    # Splits a text into pieces; byte pairs are merged only inside a piece.
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    # Llama 3.1's names for the first eleven; the rest are numbered on.
+    # Llama 3.1's names for the first eleven; the rest continue the numbering.
     special_names = [
         "<|begin_of_text|>",
         "<|end_of_text|>",
@@ -807,7 +808,7 @@ class Tokenizer:
     ]
 
     def __init__(self, ranks: dict[bytes, int]):
-        """`ranks` of the byte-pair tokens, which are their ids."""
+        """`ranks` maps byte-pair tokens to ranks, which are their ids."""
         self.special = {name: len(ranks) + i for i, name in enumerate(self.special_names)}
         self.bos = self.special["<|begin_of_text|>"]
         # A generation ends with the text, with a message, or with a turn.
@@ -825,7 +826,7 @@ class Tokenizer:
         if is_hugging_face(folder):
             return hugging_face(folder).Tokenizer(folder)
         path = checkpoint_file(folder, "tokenizer.model")
-        # Not tiktoken's own loader: it caches by path, and would miss that a file has changed.
+        # Not by tiktoken's own loader, which caches by path and would miss changes of the file.
         ranks = {}
         try:
             for line in path.read_bytes().splitlines():
@@ -844,7 +845,7 @@ class Tokenizer:
         encode = self.bpe.encode_ordinary
         if special:
             encode = partial(self.bpe.encode, allowed_special="all")
-        # The split's regular expression overflows its stack in a run of a million spaces: cut it.
+        # Cut long runs of spaces, because a million of them overflow the regex engine's stack.
         pieces = re.split(r"(\s{25000})", text)
         ids = [i for piece in pieces for i in encode(piece)]
         return [self.bos, *ids] if bos else ids

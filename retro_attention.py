@@ -18,7 +18,7 @@ each layer does this:
 
 The functions of the same names below are these steps, and `RetroAttention` calls them in this
 order. `kernels.py` holds a Triton twin of each, with the same signature. W=1 is Quest. A dense
-layer does 1, 4 over all pages, and 5 without the output cache.
+layer takes steps 1, 4 (over all pages) and 5 (without the output cache).
 
 Each step starts from the past rows' token ids again, so no residual stream is stored. A correction
 in one layer changes the row's input to every layer above, where the new pass computes the row's
@@ -26,19 +26,20 @@ keys and values again.
 
 `last_loaded` is the paper's exposure mask A (section 2.3), stored as a time: for each KV head and
 page, the position t of the step that last loaded the page. It tells which rows have seen the page.
-The row at position p took part in every step from p on, and saw each page that those steps loaded.
-So at step t it has seen a page exactly if one of the loads lies in p .. t-1. Until `select` records
-this step's load, no load is later than t-1, so the page is new to the row exactly if
-last_loaded < p. One number per page serves all rows. (This needs t to rise by exactly one from step
-to step.)
+The row at position p, as long as it is in the window, takes part in every step from p on, and sees
+each page that those steps load. So at step t it has seen a page exactly if one of the loads lies in
+p .. t-1. Until `select` records this step's load, no load is later than t-1, so the page is new to
+the row exactly if last_loaded < p. One number per page serves all rows. (This needs t to rise by
+exactly one from step to step.)
 
-    An example: step 646 loads page 3, which step 643 loaded last. The rows of a window of four
-    are 643 .. 646. Row 643 saw the page at its own step: 643 < 643 is false. Rows 644 and 645
-    came later: 643 < 644, the page is new to them. Step 646 now sets last_loaded to 646. If step
-    647 loads the page again, it is new to no past row: 646 is not less than 644, 645 or 646.
+    An example: step 646 loads page 31, which step 644 loaded last. The rows of a window of four
+    are 643 .. 646. Rows 643 and 644 saw the page in step 644: 644 < 643 and 644 < 644 are false.
+    Row 645 came later: 644 < 645, so the page is new to it. Step 646 now sets last_loaded to 646.
+    If step 647 loads the page again, it is new to no past row: 646 is not less than 644, 645 or
+    646. (The first picture of the README shows these steps.)
 
 Shapes: B batch, W window rows (the paper's w; newest last), P pages that the cache has room for
-(the first t // ps + 1 are *held*, they have tokens), ps page size, S number of selected pages (the
+(the first t // ps + 1 are *held*, i.e. have tokens), ps page size, S number of selected pages (the
 paper's k), n_head query heads, n_kv_head KV heads, G = n_head / n_kv_head, hs head size. `t` is the
 position of the newest row, a 0-dim int64 tensor on the cache's device (an int in `put_rows` and in
 the methods of `RetroConfig`). Row w stands at position p = t-W+1+w; j is the position of a key.
@@ -96,7 +97,7 @@ class RetroConfig:
 
     @property
     def millionths(self) -> int:
-        """The budget in millionths. In floats 0.07 * 100 is 7.000000000000001, i.e. 8 pages."""
+        """The budget in millionths. In floats 0.07 * 100 is 7.000000000000001, hence 8 pages."""
         return round(self.budget * 1_000_000)
 
     @property
@@ -109,25 +110,28 @@ class RetroConfig:
         return t // self.page_size + 1
 
     def pages_allowed(self, held: int) -> int:
-        """The larger of `budget` and `min_tokens`, in pages, where `held` pages have tokens."""
+        """The larger of `budget` and `min_tokens`, in pages, if `held` pages have tokens."""
         return max(self.min_pages, -(-self.millionths * held // 1_000_000))
 
     def first_window_page(self, t: int) -> int:
         """The first page that the window t-W+1 .. t touches. It and all later pages are always
-        loaded (our choice; the paper leaves it open). First, their bounds change as their keys are
-        rewritten. Second, they may hold keys of tokens later than a past row. A later query may
-        choose pages for the row (that is the method), but a later key must not."""
+        loaded (our choice; the paper leaves it open), for two reasons. First, they hold the newest
+        tokens, whose keys are still being rewritten. Second, they may hold keys later than a past
+        row. Such a key widens the page's bounds, so it would decide whether the row sees the page.
+        A later query may choose pages for the row (that is the method), but a later key must not.
+        """
         return max(0, t - self.window + 1) // self.page_size
 
     def pages_selected(self, t: int) -> int:
-        """Pages that a KV head loads at position t: what is allowed, plus the window's pages before
-        the last page, so that these displace no other page; at most all pages held."""
+        """Pages that a KV head loads at position t: those allowed, plus the window's pages before
+        the last page (so that these displace no other page), at most all pages held."""
         held = self.pages_held(t)
         older = held - 1 - self.first_window_page(t)
         return min(held, self.pages_allowed(held) + older)
 
     def max_pages_selected(self, P: int) -> int:
-        """An upper bound of `pages_selected` at all positions of a cache of P pages."""
+        """An upper bound of `pages_selected` at all positions of a cache of P pages. (A window
+        touches at most (W - 1) / ps pages, rounded up, before its last one.)"""
         return min(P, self.pages_allowed(P) + -(-(self.window - 1) // self.page_size))
 
 
@@ -135,8 +139,8 @@ class RetroConfig:
 class LayerCache:
     """All that one layer remembers. In a dense layer the optional tensors are None.
 
-    Position j is place j % ps of page j // ps. Pages lie one after the other, so flatten(2, 3) is
-    the cache by position.
+    Position j is place j % ps of page j // ps. Pages lie one after the other, so flatten(2, 3)
+    indexes the cache by position.
     """
 
     config: RetroConfig
@@ -145,7 +149,7 @@ class LayerCache:
     bounds: torch.Tensor | None = None  # (B, n_kv_head, P, 2, hs) minimum, maximum of a page's keys
     last_loaded: torch.Tensor | None = None  # (B, n_kv_head, P) int32: mask A; -1: never loaded
     # The output cache. The row at position p has slot p % W, so no row ever moves. The paper keeps
-    # W-1 rows. Ours has one slot more: the oldest row stays until the next step overwrites it.
+    # W-1 rows. Ours has one slot more: row t-W+1 stays until the next step takes its slot.
     out: torch.Tensor | None = None  # (B, W, n_head, hs) outputs of the window's rows
     lse: torch.Tensor | None = None  # (B, W, n_head) natural log-sum-exp over the keys seen
 
@@ -197,7 +201,7 @@ def finite(lse: torch.Tensor) -> torch.Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. write                               paper: section 2.1 (page bounds), section 2.4 (propagation)
+# 1. write                     paper: section 2.1 (page bounds), section 2.4, Fig. 4 (propagation)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -242,7 +246,7 @@ def page_bounds(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """The element-wise minimum and maximum of each page's valid keys: keys (..., ps, hs), valid
     (..., ps, 1) bool -> (..., 2, hs).
 
-    From all keys of a page. A running minimum would stay a bound, but not a tight one, because it
+    Reads all keys of a page. A running minimum would stay a bound, but not a tight one, because it
     cannot rise when its key is overwritten. (Our choice.)
     """
     low = keys.masked_fill(~valid, torch.inf).amin(dim=-2)  # (..., hs)
@@ -259,8 +263,8 @@ def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
     over the query heads g of a KV head.
 
     Each head's bound is never below its largest q.k in the page. Their sum (our choice) bounds no
-    single head, it only orders the pages. With a = min_i and b = max_i, a <= b, the queries can be
-    summed first:
+    single head; it only orders the pages. With a = min_i <= b = max_i, the queries can be summed
+    first:
 
         sum_g max(q_g a, q_g b) = a sum_g min(q_g, 0) + b sum_g max(q_g, 0)
 
@@ -322,7 +326,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of all rows over the loaded pages. The row at p sees the key at j if
 
-        j <= p               it is causal, also inside a page that a past row sees late (our choice)
+        j <= p               causal, also inside a page that a past row sees late (our choice)
         loaded_before < p    the row has not seen the page yet (proof at the top of this file)
 
     For the newest row, p = t, the second condition always holds. So one rule gives the original
@@ -370,7 +374,7 @@ def attend(
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. combine                        paper: section 2.3 (output cache), appendix C (merged outputs)
+# 5. combine                      paper: section 2.3 (output cache), appendix C.2 (merged outputs)
 
 
 def merge_by_lse(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -445,7 +449,7 @@ class RetroAttention:
         prompt's dense attention. q (B, T, n_head, hs), k and v (B, T, n_kv_head, hs), with T at
         most max_seq_len.
 
-        Prefill loaded everything (our choice: the paper leaves it open). Each page counts as loaded
+        Prefill loaded everything (our choice; the paper leaves it open). Each page counts as loaded
         at the last prompt position, and the output cache holds the prompt's last rows.
         """
         T = q.shape[1]
@@ -481,7 +485,7 @@ class RetroAttention:
         return ops.combine(o, lse, cache, t)
 
     def check_rows(self, q, k, v, t) -> None:
-        """Guards against a decode loop that passes only the newest row: no row would be revised."""
+        """Guards against a decode loop that passes only the newest row, and so revises none."""
         B, n_kv_head, _, _, hs = self.cache.k.shape
         rows = {"q": (q, self.n_head), "k": (k, n_kv_head), "v": (v, n_kv_head)}
         for name, (x, heads) in rows.items():
@@ -504,10 +508,10 @@ class OpsWrapper:
         layer.ops = MyWrapper(layer.ops)
 
     A subclass overrides the steps that it is about and calls them in `self.ops`; everything else
-    passes through. Prefill calls `attend` with pages=None: a subclass with a state resets it there.
+    passes through. Prefill calls `attend` with pages=None; a subclass with a state resets it there.
     A subclass that reads the position on the host, e.g. by int(t), sets `capturable = False`; the
     decoder then runs its steps without a CUDA graph. Wrap before the first step, because a
-    captured graph goes on with the steps that it was captured with.
+    captured graph keeps the steps that it was captured with.
     """
 
     def __init__(self, ops):

@@ -100,8 +100,8 @@ def retro_config(args: argparse.Namespace, window: int) -> RetroConfig:
 def load(
     args: argparse.Namespace,
 ) -> tuple[LlamaConfig, dict, Tokenizer, torch.device, torch.dtype]:
-    """Config, weights, tokenizer, device and dtype. The weights are memory maps, and not read yet:
-    that takes longest, so mistakes must surface first."""
+    """Config, weights, tokenizer, device and dtype. The weights are memory maps, and not read yet,
+    because reading takes longest and mistakes must surface first."""
     device = choose_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if args.dtype != "auto":
@@ -153,7 +153,7 @@ def kv_share(retro: RetroConfig | None, n_layer: int, steps: range) -> float:
     if retro is None or not steps:
         return 1.0
     held = sum(map(retro.pages_held, steps))
-    # A page's bounds are as large as one token, a key and a value.
+    # A page's bounds are as large as one token's key and value.
     loaded = sum(map(retro.pages_selected, steps)) + held / retro.page_size
     dense = retro.dense_layers
     return (dense * held + (n_layer - dense) * loaded) / (n_layer * held)
@@ -173,8 +173,8 @@ def check_writable(name: str, path: str) -> None:
 
 
 class Progress:
-    """Counts steps, and prints the count and an estimate of the time left to stderr: every two
-    seconds on a terminal, else every ten. Prints nothing about what is faster."""
+    """Counts steps, and prints the count and an estimate of the time left to stderr, every two
+    seconds on a terminal, else every ten. Prints nothing if all is done sooner."""
 
     def __init__(self, what: str, total: int):
         self.what = what
@@ -205,7 +205,7 @@ def counted(what: str, steps: Iterable, total: int) -> Iterator:
 
 @contextmanager
 def said_if_slow(text: str) -> Iterator[None]:
-    """Prints `text` to stderr if what is done inside takes longer than two seconds."""
+    """Prints `text` to stderr if the `with` block takes longer than two seconds."""
     line = f"[{text} ...]"
     timer = threading.Timer(2, print, args=[line], kwargs={"file": sys.stderr, "flush": True})
     timer.daemon = True
@@ -262,7 +262,7 @@ def check_memory(
 class TextStream:
     """Turns ids, one after the other, into the text that each adds, by the tokenizer's `decode`.
 
-    The text of a single token cannot be printed: a character may be spread over several tokens
+    A token cannot be decoded by itself, because a character may be spread over several tokens
     (byte-level BPE), and decoding may drop the space in front of the first token (SentencePiece).
     So a token is decoded together with those before it, ids[a:b], whose text is printed already,
     and the difference is new. While the end is U+FFFD the character is incomplete, and nothing is
@@ -299,7 +299,7 @@ class TextStream:
 def show(
     prompt: str, steps: Iterator[torch.Tensor], texts: list[TextStream], stop_tokens: list[int]
 ) -> tuple[int, list[tuple[float, int]]]:
-    """Prints the text while it grows; of several texts the first, and the others at the end.
+    """Prints the first text while it grows, and any others at the end.
 
     Returns the exit code, and for each step its time and the number of tokens it made. (A text
     that has ended makes none.)
@@ -326,7 +326,7 @@ def show(
 
 
 def explained(steps: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """Yields the steps. On a GPU it says what the first two wait for."""
+    """Yields the steps. On a GPU, prints what the first two wait for."""
     reasons = []
     if device.type == "cuda":
         reasons = ["reading the prompt", "compiling the kernels, which Triton keeps on disk"]
@@ -347,10 +347,12 @@ def report(
     if not made:
         return ["no tokens"]
     times, tokens = zip(*made, strict=True)
-    # On a GPU the first two decode steps compile and capture: the pace is that of the rest.
+    # On a GPU the first two decode steps compile and capture, so the pace is that of the rest.
     warm = 3 if len(made) > 2 else 1
     seconds = times[-1] - times[warm - 1]
-    pace = f"{sum(tokens[warm:]) / seconds:.1f} tokens/s" if seconds else "too few for a pace"
+    pace = "too few to measure the pace"
+    if seconds:
+        pace = f"{sum(tokens[warm:]) / seconds:.1f} tokens/s"
     context = decoder.model.config.max_seq_len
     length = prompt_len + len(made)
     full = ": it is full" if length == context else ""
@@ -406,7 +408,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--attention", choices=methods, default="retro", help="quest is retro with a window of 1")
     add("--window", type=int, default=retro.window, help="rows of a step: the paper's w")
     add_model_options(add, retro)
-    add("--trace", default=None, metavar="FILE.html", help="write a page to look at each step")
+    add("--trace", default=None, metavar="FILE.html", help="write a page that shows each step")
     return parser.parse_args(argv)
 
 
@@ -464,10 +466,10 @@ def run(args: argparse.Namespace) -> int:
     sparse = config.n_layer - retro.dense_layers
     need(sparse or not trace, f"trace: nothing to show, all {config.n_layer} layers are dense")
     if args.chat and args.prompt is None:
-        need(B == 1 and not trace, "a conversation has one text, and no trace")
+        need(B == 1 and not trace, "a conversation takes no num_samples and no trace")
         return converse(args, sampling, retro, config, weights, tok, device, dtype)
     prompt, ids = read_prompt(args, config, tok)
-    # The caches are as long as this text, not as the whole context, which can be many gigabytes.
+    # The caches fit this text, not the whole context, which can take many gigabytes.
     length = min(len(ids) + args.max_new_tokens, config.max_seq_len)
     memory = check_memory(config, retro, B, length, device, dtype)
 
@@ -507,7 +509,7 @@ def count_layers(model: Llama) -> None:
         block.register_forward_hook(count)
 
 
-CHAT_TOKENS = 16_384  # the longest conversation: its caches are allocated at the start
+CHAT_TOKENS = 16_384  # the longest conversation; its caches are allocated at the start
 
 
 def converse(
@@ -520,7 +522,7 @@ def converse(
     device: torch.device,
     dtype: torch.dtype,
 ) -> int:
-    """Answers each line of stdin, until it ends. Ctrl-C ends an answer, and else the program."""
+    """Answers stdin line by line. Ctrl-C ends an answer or, if there is none, the program."""
     need(sys.stdin is not None, "chat: stdin is closed")
     messages = system_message(args)
     length = min(config.max_seq_len, CHAT_TOKENS)
@@ -536,7 +538,7 @@ def converse(
         messages.append(("user", line))
         ids = tok.chat(messages)
         # The new turn follows what the caches hold, unless the template writes earlier turns
-        # otherwise than the model did, or a step was interrupted.
+        # differently from the model, or a step was interrupted.
         held = []
         if decoder.position is not None:
             held = decoder.tokens[0, : decoder.position + 1].tolist()

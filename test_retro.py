@@ -275,8 +275,8 @@ def random_qkv(B=2, T=75, n_head=6, n_kv_head=2, hs=32, seed=0):
 
 
 def start(model, retro, tokens, prompt_len, make=Decoder):
-    """A decoder after its prefill, if any, and its logits. Its caches held NaN before: nothing may
-    depend on what was never written."""
+    """A decoder after its prefill, if any, and its logits. Its caches held NaN before, because
+    nothing may depend on what was never written."""
     length = min(model.config.max_seq_len, tokens.shape[1] + 40)
     decoder = make(model, len(tokens), retro, length)
     for layer in decoder.layers:
@@ -287,8 +287,8 @@ def start(model, retro, tokens, prompt_len, make=Decoder):
 
 
 def decode(model, retro, tokens, prompt_len, make=Decoder):
-    """The same as `oracle`, by the module: logits (B, T - prompt_len + 1, vocab) and the decoder;
-    prompt_len may be 0."""
+    """Does what `oracle` does, with the module: logits (B, T - prompt_len + 1, vocab) and the
+    decoder. prompt_len may be 0."""
     decoder, first = start(model, retro, tokens, prompt_len, make)
     steps = [decoder.step(tokens[:, i]) for i in range(prompt_len, tokens.shape[1])]
     return torch.stack([first, *steps] if prompt_len else steps, 1), decoder
@@ -336,8 +336,8 @@ def softmax_over(q, k, v, keys):
 
 
 def check_output(o, q, k, v, t, kept, tol=1e-11):
-    """o (B, n_head, hs) is attention of position t's q over the positions kept(b, KV head) of k
-    and v."""
+    """Checks that o (B, n_head, hs) is attention of position t's q over the positions kept(b, KV
+    head) of k and v."""
     for b, head in np.ndindex(2, 6):
         h = head // 3
         expected, _ = softmax_over(q[b, t, head], k[b, :, h], v[b, :, h], kept(b, h))
@@ -356,7 +356,7 @@ def quest_bounds(q, k, t):
 
 
 def close(a, b, tol):
-    """Element by element, absolutely; NaN is close to nothing but NaN."""
+    """Compares element by element, absolutely. NaN is close only to NaN."""
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=tol)
 
 
@@ -397,8 +397,8 @@ def test_bounds_hold_and_are_tight_after_every_overwrite():
     (8, 0.01, 1, 1, 64, 1),
 ])  # fmt: skip
 def test_pages_selected_is_exact_in_decimal(page_size, budget, min_tokens, W, t, pages):
-    """The budget, then the floor, the window's older pages, and all pages: by hand, and against the
-    oracle's rule. The lists' capacity is never exceeded."""
+    """The budget, the floor, the window's older pages and the cap of all pages held, by hand and by
+    the oracle's rule. The count never exceeds the lists' capacity."""
     assert RetroConfig(page_size, budget, min_tokens, W).pages_selected(t) == pages
     for hundredths in range(1, 101, 3):
         retro = RetroConfig(page_size=4, budget=hundredths / 100, min_tokens=9, window=W)
@@ -488,7 +488,7 @@ def test_attend_to_nothing():
 
 
 def test_window_one_is_quest():
-    """Against Quest written again from its paper, one head and one page at a time."""
+    """Compares with Quest, written again from its paper, one head and one page at a time."""
     q, k, v = random_qkv(T=90)
     for t, o, _ in run_layer(replace(SPARSE, window=1, budget=0.35), q, k, v, prompt_len=20):
         last = t // 8
@@ -504,7 +504,7 @@ def test_window_one_is_quest():
 
 @pytest.mark.parametrize("position", [30, 32, 35, 39, 40])
 def test_a_past_row_never_sees_a_later_token(position):
-    """Another k and v at `position` changes no earlier row, at no step, in no bit.
+    """Another k and v at `position` changes no bit of an earlier row at any step.
 
     The page of `position` is loaded in both runs as long as an earlier row is in the window, so
     both load the same pages.
@@ -536,11 +536,11 @@ def test_a_past_row_never_sees_a_later_token(position):
 )
 @pytest.mark.parametrize("W, prompt_len", [(1, 0), (2, 13), (4, 0), (4, 1), (8, 30), (60, 13)])
 def test_all_pages_is_dense(W, prompt_len, budget, min_tokens):
-    """If all pages are loaded, for whatever reason, nothing is left to correct: cached decoding
+    """If all pages are loaded, for whatever reason, nothing is left to correct, so cached decoding
     equals the uncached forward pass.
 
-    Guards against a position off by one between prefill, cache and RoPE, and a row that claims a
-    token that nobody has written.
+    Guards against a position off by one between prefill, cache and RoPE, and a row that sees a
+    position not yet written.
     """
     model = random_model(rope_scaling=8.0, tie_embeddings=True, qkv_bias=True)
     tokens = random_tokens(3, 50)
@@ -553,7 +553,7 @@ def test_all_pages_is_dense(W, prompt_len, budget, min_tokens):
 
 def test_a_second_prompt_starts_afresh():
     """Guards against outputs, last_loaded and a wrapper's counts that leak from one text into the
-    next; infinite outputs too, because 0 * inf is NaN: a weight of zero keeps it."""
+    next. Infinite outputs leak even with a weight of zero, because 0 * inf is NaN."""
     model = random_model()
     tokens = random_tokens(2, 90)
     decoder, _ = start(model, SPARSE, tokens.flip(1), 70, bench.counting)
@@ -573,7 +573,7 @@ def test_a_second_prompt_starts_afresh():
 
 def test_a_failed_call_leaves_no_gap():
     """An id out of range changes nothing. A step that fails inside may have written into some
-    layers: the decoder refuses to go on until the next prefill."""
+    layers, so the decoder refuses to go on until the next prefill."""
     model = random_model()
     tokens = random_tokens(1, 40)
     expected, _ = decode(model, SPARSE, tokens, 20)
@@ -592,8 +592,8 @@ def test_a_failed_call_leaves_no_gap():
 
 
 def test_a_copy_of_a_decoder_goes_on_alone():
-    """copy.deepcopy, the usual way to continue a prompt in several ways: the copy shares the model
-    and nothing else."""
+    """copy.deepcopy is the usual way to continue a prompt in several ways. The copy shares the
+    model and nothing else."""
     model = random_model()
     tokens = random_tokens(2, 40)
     expected, _ = decode(model, SPARSE, tokens, 20)
@@ -612,7 +612,7 @@ def test_a_copy_of_a_decoder_goes_on_alone():
     ("t", "t must be a 0-dim int64 tensor, not <class 'int'>"),
 ])  # fmt: skip
 def test_rows_that_do_not_fit_the_cache_are_refused(name, message):
-    """Guards against an ordinary decode loop, which feeds one row: no row would be revised."""
+    """Guards against an ordinary decode loop, which feeds one row, so that no row is revised."""
     q, k, v = random_qkv(T=30)
     layer = new_layer(SPARSE, q, k)
     layer.prefill(q[:, :20], k[:, :20], v[:, :20])
@@ -631,7 +631,7 @@ def test_rows_that_do_not_fit_the_cache_are_refused(name, message):
 
 
 def test_checking_the_rows_reads_no_value(monkeypatch):
-    """Guards against a message that shows t: while a CUDA graph records a step, t has no value."""
+    """Guards against a message that shows t, which has no value while a CUDA graph records."""
     q, k, v = random_qkv(T=4)
     layer = new_layer(SPARSE, q, k)
     for name in ("item", "__repr__"):
@@ -640,8 +640,9 @@ def test_checking_the_rows_reads_no_value(monkeypatch):
 
 
 def test_overwriting_changes_only_what_it_should():
-    """The first sparse layer's K and V depend on no sparse attention: overwriting writes what was
-    there. Those of deeper layers change. Outside the window the cache is untouched, bit for bit."""
+    """The first sparse layer's K and V depend on no sparse attention, so overwriting writes what
+    was there. Those of deeper layers change. Outside the window the cache is untouched, bit for
+    bit."""
     model = random_model(n_layer=4)
     tokens = random_tokens(2, 60)
     W = SPARSE.window
@@ -676,7 +677,7 @@ def test_output_cache_is_independent_of_the_length():
 
 
 def check_against_oracle(model, retro, tokens, prompt_len, tol):
-    """Logits, all K and V, outputs and sums of the window's rows, and the counts of pages agree."""
+    """Logits, all K and V, outputs and log-sum-exps of the window's rows, and page counts agree."""
     expected, states = oracle(model, retro, tokens, prompt_len)
     logits, decoder = decode(model, retro, tokens, prompt_len, bench.counting)
     close(logits, expected, tol)
@@ -758,8 +759,8 @@ def assert_close(found, expected, dtype, what):
 
 
 def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
-    """A cache as a decode step to position t finds it, filled with noise, with NaN wherever nothing
-    was written yet. Returns it, t as a tensor, and the generator of the noise."""
+    """Returns a cache as a decode step to position t finds it, t as a tensor, and a generator. The
+    cache is filled with noise, and with NaN where nothing was written yet."""
     gen = torch.Generator().manual_seed(seed)
     n_head = n_kv_head * G
     cache = retro_attention.new_cache(config, False, B, n_head, n_kv_head, hs, t + 20, "cpu", dtype)
@@ -776,14 +777,14 @@ def cache_at(config, B, n_kv_head, G, hs, t, dtype, seed):
     cache.out.normal_(generator=gen)
     cache.lse.normal_(generator=gen)
     cache.lse[:, 0] = -torch.inf  # one row has seen nothing so far
-    cache.out[:, t % config.window] = torch.inf  # of the row that leaves: 0 * inf would be NaN
+    cache.out[:, t % config.window] = torch.inf  # the row that leaves; 0 * inf would be NaN
     for name in ("k", "v", "bounds", "last_loaded", "out", "lse"):
         setattr(cache, name, getattr(cache, name).to(DEVICE))
     return cache, torch.tensor(t, device=DEVICE), gen
 
 
 def in_float64(cache):
-    """A copy for the reference: the oracle of a kernel is its twin in float64, on the kernel's own
+    """A copy for the reference. The oracle of a kernel is its twin in float64, on the same
     inputs."""
     cache = copy.deepcopy(cache)
     for name in ("k", "v", "bounds", "out", "lse"):
@@ -793,14 +794,14 @@ def in_float64(cache):
 
 PLACES = [  # B, n_kv_head, t, min_tokens: where a text may stand
     (1, 1, 269, 200),  # several tiles per split; the last page is ragged
-    (2, 1, 127, 32),  # it is full
-    (1, 1, 64, 8),  # it has just begun, and the window lies in two pages
+    (2, 1, 127, 32),  # the last page is full
+    (1, 1, 64, 8),  # the last page has just begun, and the window lies in two pages
     (1, 2, 40, 256),  # below the floor: all pages are selected
     (2, 1, 3, 8),  # fewer tokens than rows, for the larger windows
     (1, 1, 0, 8),  # the very first token
 ]
-# G, W, page size, head size. The interpreter is slow: it gets 16 of them, in which every pair of
-# values still meets.
+# G, W, page size, head size. The interpreter is slow, so it gets 16 shapes, in which every pair of
+# values still occurs.
 SIZES = (1, 3, 4, 8), (1, 2, 4, 8), (8, 16, 32), (32, 64, 128)
 SHAPES = list(itertools.product(*SIZES))
 if DEVICE != "cuda":
@@ -815,8 +816,8 @@ ODD_SHAPES = [
 
 
 def kernel_cases():
-    """Shapes in which every pair of values meets, at changing places and dtypes. Then random
-    budgets, floors and positions in a dozen odd shapes (each is compiled anew on a GPU)."""
+    """Yields `SHAPES` at changing places and dtypes, then random budgets, floors and positions in a
+    dozen odd shapes (a GPU compiles each anew)."""
     dtypes = list(KERNEL_DTYPES)
     for i, shape in enumerate(SHAPES):
         yield *shape, *PLACES[(i + i // 6) % 6], dtypes[i // 5 % len(dtypes)], 0.3
@@ -832,7 +833,7 @@ def kernel_cases():
 
 
 def check_write(config, cache, position, q, k, v, angles, dtype):
-    """Compares the two `write`. Returns the kernel's rotated q."""
+    """Compares `write` with its twin. Returns the kernel's rotated q."""
     t = position.item()
     twin = in_float64(cache)
     rows = [x.double() for x in (q, k, v, angles.cos(), angles.sin())]
@@ -848,7 +849,7 @@ def check_write(config, cache, position, q, k, v, angles, dtype):
 
 
 def check_score(config, cache, position, q):
-    """Compares the two `score`. Returns the kernel's scores; NaN stands after the pages held."""
+    """Compares `score` with its twin. Returns the kernel's scores, NaN after the pages held."""
     held = config.pages_held(position.item())
     twin = in_float64(cache)
     scores = kernels.score(q, cache, position)
@@ -863,7 +864,7 @@ def check_score(config, cache, position, q):
 
 
 def check_select(config, cache, position, scores):
-    """Compares the two `select`. Returns what each of them returns."""
+    """Compares `select` with its twin. Returns both results."""
     t = position.item()
     S = config.pages_selected(t)
     twin = in_float64(cache)
@@ -883,8 +884,8 @@ def check_select(config, cache, position, scores):
     "G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget", list(kernel_cases()), ids=str
 )
 def test_kernels_equal_their_twins(G, W, ps, hs, B, n_kv_head, t, min_tokens, dtype, budget):
-    """One decode step: each kernel, given the inputs of its twin, writes and returns the same. What
-    was never written is NaN and stays out."""
+    """In one decode step each kernel, given its twin's inputs, writes and returns the same. What
+    was never written is NaN, and no result depends on it."""
     config = RetroConfig(page_size=ps, budget=budget, min_tokens=min_tokens, window=W)
     cache, position, gen = cache_at(config, B, n_kv_head, G, hs, t, dtype, seed=t)
     heads = [n_kv_head * G, n_kv_head, n_kv_head]  # slices of one product, as in the model
@@ -932,7 +933,7 @@ def with_nan(scores, bits):
     return scores
 
 
-SCORES = {  # random scores, changed to what could upset a search by their bits
+SCORES = {  # random scores, changed to values that could break a search by bits
     "equal": lambda x: torch.full_like(x, -2.5),
     "few values": torch.round,
     "zeros of both signs": lambda x: x.sign() * 0.0,
@@ -946,9 +947,9 @@ SCORES = {  # random scores, changed to what could upset a search by their bits
 @needs_triton
 @pytest.mark.parametrize("kind", SCORES)
 def test_select_kernel_ties_and_extremes(kind):
-    """Equal scores go to the lower pages, also if they are 0.0 and -0.0; scores of any size keep
-    their order. A NaN, of either sign, must not run over the ends of the search and of the list: it
-    ranks as infinity does."""
+    """Of pages with equal scores, also 0.0 and -0.0, the lower ones win; scores of any size keep
+    their order. A NaN of either sign ranks as infinity does, and leads no search or list past its
+    end."""
     config = replace(SPARSE, budget=0.4)
     t = 101
     held = 13
@@ -992,9 +993,9 @@ def test_attend_kernel_empty_supplements_and_extreme_scores(dtype):
 @needs_triton
 @pytest.mark.parametrize("window", [1, 4])
 def test_both_implementations_decode_the_same(window):
-    """Trained weights, several layers and steps: through the kernels each step loads the same pages
-    as the reference, leaves the same in the caches, and gives the same greedy tokens. Guards
-    against the unused places at the end of the kernels' lists of pages."""
+    """With trained weights, over several layers and steps, the kernels load the same pages as the
+    reference, leave the same in the caches, and give the same greedy tokens. Guards against the
+    unused places at the end of the kernels' lists of pages."""
     model = Llama.from_checkpoint(TINY, device=DEVICE)
     if DEVICE != "cuda":  # the interpreter is slow
         model.layers = model.layers[:2]
@@ -1035,8 +1036,8 @@ class ReadsPosition(OpsWrapper):
 @needs_gpu
 @pytest.mark.parametrize("window", [None, 1, 8])
 def test_a_replayed_step_is_an_eager_step(window):
-    """Guards against a graph with a position, a shape or a token in it that was right at capture
-    only, in a second text too; and against a replay that leaves out a wrapper."""
+    """Guards against a graph that keeps a position, a shape or a token of its capture, also in a
+    second text, and against a replay that leaves out a wrapper."""
     model = Llama.from_checkpoint(TINY, device="cuda", dtype=torch.bfloat16)
     tokens = random_tokens(2, 300).cuda()
     retro = replace(SPARSE, window=window) if window else None
@@ -1059,8 +1060,8 @@ def test_a_replayed_step_is_an_eager_step(window):
 @needs_gpu
 @pytest.mark.parametrize("sampling", [(0, None, None), (0.8, None, 0.95), (1, 9, 1)])
 def test_a_token_waits_for_the_device_once(sampling):
-    """Only `copy_to_host` waits, for the token and what comes with it: nothing else does, not even
-    hidden in another call."""
+    """Only `copy_to_host` waits, for the token and what comes with it. No other call hides a
+    wait."""
     model = random_model().float().cuda()
     decoder = Decoder(model, 2, SPARSE)
     stream = decoder.stream(random_tokens(2, 20).cuda(), 20, *sampling, stop_tokens=[5])
@@ -1076,8 +1077,8 @@ def test_a_token_waits_for_the_device_once(sampling):
 
 @needs_gpu
 def test_a_step_launched_ahead_changes_no_text():
-    """The texts with a CUDA graph, where steps run before the host has read their token, are those
-    without: to the end of the context, and with a stop token in one of the rows, then in both."""
+    """With a CUDA graph, steps run before the host has read their token. The texts are those
+    without a graph: to the end of the context, with a stop token in one row, and in both."""
     model = random_model(max_seq_len=64).float().cuda()
     prompt = random_tokens(2, 20).cuda()
     free = model.generate(prompt, 100, SPARSE, temperature=0)
@@ -1096,7 +1097,7 @@ def test_a_step_launched_ahead_changes_no_text():
 
 @needs_gpu
 def test_a_wrapper_through_the_kernels():
-    """The control and the count of exposure, in a CUDA graph: what they keep must stay in place."""
+    """In a CUDA graph, the state of the control and of the count of exposure must stay in place."""
     tokens = random_tokens(2, 90).cuda()
     model = random_model().float().cuda()
     logits = []
@@ -1124,7 +1125,7 @@ def test_a_wrapper_through_the_kernels():
     (torch.float32, 32, 129, "at most 128, not 129"),
     (torch.float32, 16, 128, None),
 ])  # fmt: skip
-def test_triton_is_refused_where_it_cannot_run(monkeypatch, dtype, head_size, rows, message):
+def test_triton_is_refused_if_it_cannot_run(monkeypatch, dtype, head_size, rows, message):
     """A ValueError before anything runs; auto takes the reference instead."""
 
     def choose(impl, device):
@@ -1142,9 +1143,9 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch, dtype, head_size, ro
 
 
 @needs_triton
-def test_the_number_of_pages_exceeds_no_32_bits():
-    """With 2,301 pages held, a budget of 990,000 millionths times the pages does not fit 32 bits.
-    Guards against a step that then loads the window alone."""
+def test_budget_times_pages_does_not_overflow_32_bits():
+    """A budget of 990,000 millionths times 2,301 held pages does not fit 32 bits. Guards against a
+    step that then loads only the window."""
     config = RetroConfig(page_size=1, budget=0.99, min_tokens=1, window=2)
     t = 2300
     dtype = torch.half
@@ -1162,8 +1163,8 @@ def test_the_number_of_pages_exceeds_no_32_bits():
 
 
 def big(*shape):
-    """A tensor in half precision with 2**31 unused elements before it, where an offset in 32 bits
-    would lead. On a CPU, memory that is not touched costs nothing."""
+    """A tensor in half precision with 2**31 unused elements before it, where an overflowing 32-bit
+    offset would point. On a CPU, memory that is not touched costs nothing."""
     unused = 2**31
     try:
         memory = torch.empty(unused + torch.Size(shape).numel(), dtype=torch.half, device=DEVICE)
@@ -1177,7 +1178,7 @@ def big(*shape):
     DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 40e9,
     reason="the GPU has less than 40 GB: large caches are not tested here",
 )
-def test_a_cache_of_more_elements_than_32_bits_count(monkeypatch):
+def test_a_cache_beyond_32_bit_offsets(monkeypatch):
     """For the last of five texts, whose keys, values and bounds begin at element 2**31, the kernels
     do what their twins do in a small cache. Guards against offsets in 32 bits."""
     t = 6  # the window's first page has an earlier key
@@ -1214,8 +1215,8 @@ def test_a_cache_of_more_elements_than_32_bits_count(monkeypatch):
     (32, 8, None), (43, 6, "at most 128, not 129"), (129, 2, "at most 128, not 129"),
 ])  # fmt: skip
 def test_the_rows_of_a_kv_head_are_those_of_its_whole_group(monkeypatch, window, n_head, message):
-    """Triton takes 128 query rows, the window times the query heads of a KV head, of which there
-    are two here. Guards against a group that is left out, or all heads instead."""
+    """Triton takes at most 128 query rows: the window times the query heads of a KV head. There are
+    two KV heads here. Guards against a group that is left out, or all heads instead."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     make = partial(
         RetroAttention,
@@ -1282,7 +1283,7 @@ def test_a_long_prompt_in_pieces_is_the_whole():
 @pytest.mark.parametrize("retro", [None, SPARSE], ids=["full", "sparse"])
 def test_generate_and_score(retro, prompt_len):
     """Greedy tokens and log-probabilities, dense against the uncached forward pass, sparse against
-    the oracle. Guards against the log-probability of a neighbour's token."""
+    the oracle. Guards against the log-probability of a neighbouring token."""
     model = random_model()
     prompt = random_tokens(2, prompt_len)
 
@@ -1306,8 +1307,8 @@ def test_generate_and_score(retro, prompt_len):
 
 
 def test_appended_tokens_follow_the_text():
-    """`stream` with append goes on where the last one ended: the same as steps by hand, and the
-    context counts the whole text."""
+    """`stream` with append goes on where the last one ended, with the same tokens as steps by hand.
+    The context counts the whole text."""
     model = random_model()
     tokens = random_tokens(2, 50)
     decoder, _ = start(model, SPARSE, tokens, 20)
@@ -1318,13 +1319,13 @@ def test_appended_tokens_follow_the_text():
         expected.append(other.step(expected[-1]).argmax(-1))
     assert torch.equal(torch.stack(new), torch.stack(expected))
     decoder, _ = start(random_model(max_seq_len=40), SPARSE, tokens, 20)
-    message = "the prompt has 40 tokens, must have 1 to 39"
+    message = "the prompt must have 1 to 39 tokens, not 40"
     refused(partial(next, decoder.stream(tokens[:, 20:40], 5, append=True)), message)
     assert len(list(decoder.stream(tokens[:, 20:30], 50, append=True))) == 10
 
 
 def test_generation_under_autocast():
-    """Within bfloat16's rounding of the text's scores without it."""
+    """A text's scores stay within bfloat16's rounding of those without autocast."""
     model = random_model().float()
     tokens = random_tokens(1, 40)
     for retro in (None, SPARSE):
@@ -1359,8 +1360,8 @@ def test_the_sum_before_each_token(n):
 
 
 def test_top_p_of_a_flat_distribution():
-    """Exact for 128,256 tokens alike, where a sum in single precision could round: .25 of them,
-    each equally likely to be drawn, and no other."""
+    """With 128,256 equally likely tokens, a sum in single precision could round. Exactly .25 of
+    them can be drawn, each equally likely."""
     logits = torch.full((64, 128_256), -7.0)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.cat([sample_token(logits, 1, None, 0.25, generator) for _ in range(8)])  # (512,)
@@ -1392,8 +1393,8 @@ def test_stop_tokens_and_the_end_of_the_context():
 
 
 def test_logits_that_are_not_finite_are_refused():
-    """Also at a token that the model generates itself: with temperature 0 the text would go on with
-    token 0 for ever."""
+    """Also after a token that the model generates itself. Else, with temperature 0, the text would
+    go on with token 0 for ever."""
     model = random_model()
     prompt = random_tokens(2, 20)
     bad = model.generate(prompt, 1, SPARSE, temperature=0)[0, 20].item()
@@ -1471,8 +1472,8 @@ def test_a_rope_factor_of_zero_is_refused():
     ({"top_p": 0}, r"top_p must be in \(0, 1\], not 0"),
     ({"top_p": 1.5}, "top_p must be in .+, not 1.5"),
     ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, not 0"),
-    ({"idx": random_tokens(1, 0)}, "prompt has 0 tokens, must have 1 to 63"),
-    ({"idx": random_tokens(1, 64)}, "prompt has 64 tokens, must have 1 to 63"),
+    ({"idx": random_tokens(1, 0)}, "must have 1 to 63 tokens, not 0"),
+    ({"idx": random_tokens(1, 64)}, "must have 1 to 63 tokens, not 64"),
     ({"idx": [[1, 2]]}, r"integer tensor of shape \(B, T\), not list"),
     ({"idx": torch.ones(3)}, r"not torch.float32 \(3,\)"),
     ({"retro": RetroConfig(impl="triton")}, "impl triton: on cpu set TRITON_INTERPRET=1"),
@@ -1494,8 +1495,8 @@ def test_generate_refuses_what_is_out_of_range(arguments, message, monkeypatch):
     (lambda model: model(random_tokens(1, 20)[0]), r"\(B, T\), not torch.int64 \(20,\)"),
     (lambda model: model(random_tokens(1, 0)), "0 tokens.* between 1 and the context of 64"),
     (lambda model: model(random_tokens(1, 65)), "65 tokens.* between 1 and the context of 64"),
-    (lambda model: Decoder(model, 1).prefill(random_tokens(1, 0)), "0 tokens, must have 1 to 64"),
-    (lambda model: Decoder(model, 1).prefill(random_tokens(1, 65)), "65 tokens, must have 1 to 64"),
+    (lambda model: Decoder(model, 1).prefill(random_tokens(1, 0)), "1 to 64 tokens, not 0"),
+    (lambda model: Decoder(model, 1).prefill(random_tokens(1, 65)), "1 to 64 tokens, not 65"),
     (lambda model: Decoder(model, 2).prefill(random_tokens(1, 9)), "1 texts, .* made for 2"),
     (lambda model: Decoder(model, 1, max_seq_len=65), "between 1 and the context, 64, not 65"),
     (lambda model: Llama.from_checkpoint(TINY, dtype="bfloat16"), "dtype must be .*, not 'bfloat1"),
@@ -1586,7 +1587,7 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 def test_special_tokens_have_the_published_numbers(monkeypatch):
-    """Those of Llama 3.1, whose byte pairs are 128,000. Guards against names in another order."""
+    """Those of Llama 3.1, which has 128,000 byte pairs. Guards against names in another order."""
     monkeypatch.setattr("tiktoken.Encoding", lambda *args, **options: SimpleNamespace(n_vocab=0))
     tok = Tokenizer(dict.fromkeys(range(128_000)))
     numbers = {
@@ -1638,7 +1639,7 @@ def replace_by(name, content):
 
 
 def truncate(name, keep):
-    """Keeps that fraction of a file."""
+    """Keeps the fraction `keep` of a file."""
 
     def change(folder):
         data = (folder / name).read_bytes()
@@ -1692,12 +1693,12 @@ def hostile(folder):
     (lambda folder: torch.save([torch.ones(3)], folder / PTH), UNREADABLE),
     (lambda folder: torch.save(torch.ones(3), folder / PTH), UNREADABLE),
     (hostile, UNREADABLE),
-    (lambda folder: torch.save({}, folder / "consolidated.01.pth"), "split over several"),
+    (lambda folder: torch.save({}, folder / "consolidated.01.pth"), "several consolidated"),
     (lambda folder: folder.rename(folder.with_name("elsewhere")), "no such folder"),
 ])  # fmt: skip
 def test_a_damaged_folder_is_refused(tmp_path, change, message):
     """One clear ValueError. Guards against truncated downloads, unknown tensors, and code in a
-    pickle that is run."""
+    pickle that runs."""
     folder = tmp_path / "folder"
     folder.mkdir()
     write_checkpoint_and_tokenizer(folder)
@@ -1733,8 +1734,8 @@ def test_hugging_face_needs_extras(tmp_path, monkeypatch):
 
 
 def test_kv_share_counts_page_bounds():
-    """By hand: position 63 holds 8 pages of 8 tokens, a quarter is 2, and the bounds of all pages
-    are as large as one page."""
+    """By hand: at position 63 there are 8 pages of 8 tokens, a quarter is 2, and the bounds of all
+    pages are as large as one page."""
     retro = replace(BENCH, budget=0.25)
     assert sample.kv_share(retro, 4, range(63, 64)) == 3 / 8
     assert sample.kv_share(replace(retro, dense_layers=1), 4, range(63, 64)) == (1 + 3 * 3 / 8) / 4
@@ -1750,8 +1751,8 @@ def quality_args(**changes):
 
 @pytest.mark.parametrize("decoded", [0, 20])
 def test_the_table_of_quality(monkeypatch, capsys, decoded):
-    """Window 1 is Quest, in every number. KL and nats are those of the logits, over the tokens
-    after the prompt alone, some of which may be decoded. The control loses what looking back
+    """Window 1 is Quest in every number. KL and nats are those of the logits, only over tokens
+    after the prompt, even if some of the prompt is decoded. The control loses what looking back
     gains."""
     monkeypatch.setattr(bench, "PARTS", 4)
     model = random_model()
@@ -1816,7 +1817,7 @@ def test_not_looking_back_is_quest_on_the_same_pages(monkeypatch):
     quest, _ = decode(model, BENCH, tokens, 20)
     assert (control - decode(model, four, tokens, 20)[0]).abs().max() > 0.01
     assert (control - quest).abs().max() > 0.01
-    # Of every RetroConfig: now Quest loads the pages of W=4.
+    # This patches every RetroConfig, so Quest now loads the pages of W=4.
     monkeypatch.setattr(RetroConfig, "first_window_page", four.first_window_page)
     monkeypatch.setattr(RetroConfig, "pages_selected", four.pages_selected)
     close(control, decode(model, BENCH, tokens, 20)[0], 1e-9)
@@ -1874,8 +1875,8 @@ def test_kernels_shows_the_times_beside_the_bytes(measure, monkeypatch):
 
 
 def test_decode_shows_whole_steps_beside_the_bytes(measure):
-    """The shape is the shipped checkpoint's, whose embeddings are the output head too: a step reads
-    all weights."""
+    """The shape is the shipped checkpoint's, whose embeddings are the output head too, so a step
+    reads all weights."""
     config, weights = read_checkpoint(TINY)
     assert bench.SHAPES["tiny"] == config
     results = measure("decode --settings 400x2 --windows 2 --rounds 1 --dense_layers 3")
@@ -1896,12 +1897,12 @@ def test_decode_shows_whole_steps_beside_the_bytes(measure):
         assert row["share"] == pytest.approx(row["bytes"] / rate / row["ms"] * 1e3)
     untied = replace(config, tie_embeddings=False, max_seq_len=400)
     untied = bench.random_model(untied, "cpu", torch.float32)
-    # Of the embedding table itself, a step reads single rows.
+    # A step reads only single rows of the embedding table itself.
     assert bench.step_bytes(untied, None, 2, 385) == read + 10 * 2 * 385 * vector
 
 
 def set_clock(monkeypatch, ms):
-    """For bench.py, as on a machine without a GPU: each call takes the next of `ms`."""
+    """Makes each call that bench.py times take the next of `ms`, as on a machine without a GPU."""
     left = iter(ms)
 
     def timeit(run, number):
@@ -1914,7 +1915,7 @@ def set_clock(monkeypatch, ms):
 
 
 def test_a_time_is_the_median_per_layer_after_the_warm_up(monkeypatch):
-    """Four layers, which together take 1 to 19 ms and once 100 ms: a median of 10.5 ms. Guards
+    """Four layers, which together take 1 to 19 ms and once 100 ms, so the median is 10.5 ms. Guards
     against the minimum, the mean, and the time of all layers."""
     set_clock(monkeypatch, [9000, 9000, 9000, 100, *range(1, 20)])
     calls = []
@@ -1952,8 +1953,8 @@ def test_warm_up_steps_are_left_out(monkeypatch):
 
 
 def test_steps_are_compared_by_their_medians(monkeypatch, capsys):
-    """Medians over both rounds of 15, 5 and 6 ms. Guards against a minimum, the last round alone,
-    and ratios upside down."""
+    """The medians over both rounds are 15, 5 and 6 ms. Guards against a minimum, the last round
+    alone, and inverted ratios."""
     ms = {"full": ([1, 10, 10], [20, 20, 90]), "Quest": ([1, 4, 4], [6, 6, 90])}
     ms |= {"W=2": ([1, 5, 5], [7, 7, 90])}
     ms = [x[i] for i in range(2) for x in ms.values()]
@@ -2001,7 +2002,7 @@ def test_a_mistake_in_a_measurement_is_one_line(capsys, monkeypatch, args, messa
 
 
 def command(capsys, options="", *more):
-    """A short text: exit code, stdout, stderr. Options given here override."""
+    """Runs sample.py for a short text: exit code, stdout, stderr. `options` override `short`."""
     short = "--max_new_tokens 16 --min_tokens 16 --page_size 8 --dense_layers 0 --device cpu"
     args = ["--prompt", "It was a dark night", *short.split(), *options.split(), *more]
     return run_main(sample.main, args, capsys)
@@ -2064,7 +2065,7 @@ def test_prompts_from_files_and_stdin(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def unloaded(monkeypatch):
-    """Weights must not be read."""
+    """Fails a test that reads weights."""
 
     def fail(*args, **options):
         pytest.fail("weights were read")
@@ -2117,8 +2118,8 @@ def test_a_small_model_takes_one_thread_unless_the_user_sets_the_number(monkeypa
 
 
 def test_lack_of_memory_is_one_line(capsys, monkeypatch):
-    """Guards against a broken kernel, an "illegal memory access", that is taken for a text that is
-    too long."""
+    """Guards against a broken kernel's "illegal memory access" that is reported as lack of
+    memory."""
 
     def fail(error):
         def step(self, token):
@@ -2178,7 +2179,7 @@ def test_trace_needs_extras(capsys, monkeypatch, unloaded):
 
 def test_a_conversation(capsys, monkeypatch):
     """Turns from stdin, each in the format of the whole conversation. What the caches hold is not
-    read again, so each turn reads only its own tokens, and the end of the last one."""
+    read again, so each turn reads only its own tokens, and the end of the answer before it."""
     tok = Tokenizer.from_checkpoint(TINY)
     seen = []
 
@@ -2214,7 +2215,7 @@ def test_a_conversation(capsys, monkeypatch):
 
 
 def test_progress_has_a_count_and_an_estimate(capsys, monkeypatch):
-    """Every ten seconds where stderr is no terminal; nothing on a fast run."""
+    """Prints a line every ten seconds if stderr is no terminal, and nothing on a fast run."""
     clock = iter([0, *range(4, 100, 4)])
     monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
     assert list(sample.counted("x", "abcdefgh", 8)) == list("abcdefgh")
@@ -2238,7 +2239,7 @@ def test_closed_streams(monkeypatch, capsys):
 
 
 def run_python(*args):
-    """Starts Python in a session of its own, to which a Ctrl-C can be sent."""
+    """Starts Python in a process group of its own, to which a Ctrl-C can be sent."""
     # With PYTHONUNBUFFERED, Python would have nothing left to print when it exits.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": ""}
     return subprocess.Popen(
@@ -2246,14 +2247,14 @@ def run_python(*args):
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # In a shell's background job the signal is ignored, and children inherit that.
+        # A shell's background job ignores the signal, and children inherit that.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
         start_new_session=True,
     )
 
 
 def test_an_interrupt_keeps_the_text_and_reports():
-    """Ctrl-C: what was printed stays, its line is ended, and the report follows."""
+    """After Ctrl-C the printed text stays, its line ends, and the report follows."""
     options = "--prompt It --max_new_tokens 4000 --temperature 1"
     child = run_python(TINY.parent / "sample.py", *options.split())
     text = child.stdout.read(30)
@@ -2264,9 +2265,9 @@ def test_an_interrupt_keeps_the_text_and_reports():
 
 
 def test_the_report_by_hand():
-    """Three texts, of which two end. Positions 60 to 63 hold 8 pages of 8 tokens, of which a
-    quarter is 2, and the bounds of all pages are as large as one page. The pace is that of the
-    steps after the first two, which compile."""
+    """Three texts, of which two end. At positions 60 to 63 there are 8 pages of 8 tokens, a quarter
+    is 2, and the bounds of all pages are as large as one page. The pace is that of the steps after
+    the first two, which compile."""
     retro = RetroConfig(page_size=8, budget=0.25, min_tokens=8, window=1, dense_layers=1)
     model = SimpleNamespace(config=SimpleNamespace(max_seq_len=100))
     decoder = SimpleNamespace(model=model, retro=retro, layers=[None] * 4)
@@ -2277,7 +2278,7 @@ def test_the_report_by_hand():
     assert "in 3 sparse layers, 1 dense" in text
     # 3/8 in the sparse layers; (1 + 3 * 3/8) / 4 in all
     assert "KV bytes read 53% of full attention's (sparse layers 38%, page bounds" in text
-    assert "9 tokens, too few for a pace" in sample.report(decoder, 60, 10, made[:3])[0]
+    assert "9 tokens, too few to measure the pace" in sample.report(decoder, 60, 10, made[:3])[0]
     assert len(sample.report(decoder, 60, 10, made[:1])) == 1
     assert sample.report(decoder, 60, 10, []) == ["no tokens"]
 
@@ -2294,8 +2295,8 @@ def test_a_text_that_has_ended_makes_no_tokens(capsys):
 
 def test_the_text_of_each_token_is_printed_once():
     """As in SentencePiece, decoding drops the first space, id 0 has no text, and a character takes
-    two tokens. Guards against a space that is lost after a token without text, half a character,
-    and against decoding the whole text again for each token."""
+    two tokens. Guards against a space lost after a token without text, half a character, and
+    decoding the whole text again for each token."""
     longest = 0
 
     def decode(ids):
@@ -2317,8 +2318,8 @@ def test_the_text_of_each_token_is_printed_once():
 
 def test_a_prompt_that_is_cut_inside_a_character():
     """As in SentencePiece, bytes in a row are decoded together, and are U+FFFD if they are not
-    UTF-8. Guards against a few ids of the prompt that begin inside a character: what follows would
-    never become a character."""
+    UTF-8. Guards against keeping ids of the prompt that begin inside a character, because what
+    follows would never become a character."""
 
     def decode(ids):
         try:
@@ -2331,8 +2332,8 @@ def test_a_prompt_that_is_cut_inside_a_character():
 
 
 def test_a_closed_pipe_ends_quietly():
-    """As in `python sample.py ... | head -c 5`: exit code 1. Guards against a traceback, and a
-    complaint of Python's when it exits."""
+    """Like `python sample.py ... | head -c 5`, with exit code 1. Guards against a traceback, and an
+    error that Python prints at exit."""
     options = "--prompt It --max_new_tokens 4000 --temperature 1"
     child = run_python(TINY.parent / "sample.py", *options.split())
     child.stdout.read(5)
@@ -2374,8 +2375,7 @@ def test_the_commands_of_the_readme_parse(script, args, capsys):
 
 
 def test_the_python_of_the_readme_runs(monkeypatch, capsys):
-    """One block after the other. The attention module, with a full budget, gives for each row what
-    a prompt of the whole text gives."""
+    """Runs one block after the other. The output has the prompt."""
     monkeypatch.chdir(TINY.parent)
     names = {}
     for block in blocks("python"):

@@ -2,9 +2,10 @@
 
 Whoever changes a kernel runs this first. The kernels decode the prompt and a few greedy tokens. At
 every call, in every layer, the reference computes the same in float64, from the same inputs and a
-copy of the cache as it was before the call, so no difference adds up, and the results stay apart.
-Prints where each result differs first by more than the tolerance, then the largest differences of
-each function. Indices count from 0; a row is one of the window, the newest last, or of the prompt.
+copy of the cache as it was before the call. So no difference adds up, and the reference's results
+are only compared. Prints where each result first differs by more than the tolerance, then the
+largest differences of each function. Indices count from 0; a row is one of the window (newest last)
+or of the prompt.
 
 Exit codes: 0 no difference, 1 a difference, 2 bad arguments or checkpoint. On a machine without a
 GPU set TRITON_INTERPRET=1, and choose a short prompt.
@@ -41,7 +42,7 @@ def in_float64(x):
 
 
 def defined(cache: LayerCache, t: int) -> dict[str, tuple]:
-    """Name -> values and axes, of all in the cache that is defined once position t is written."""
+    """Name -> (values, axes) of all that is defined in the cache once position t is written."""
     held = cache.config.pages_held(t)
     axes = ("text", "KV head", "position")
     parts = {name: (getattr(cache, name).flatten(2, 3)[:, :, : t + 1], axes) for name in "kv"}
@@ -56,8 +57,8 @@ def defined(cache: LayerCache, t: int) -> dict[str, tuple]:
 class Compare(OpsWrapper):
     """Runs each function of `ops`, and the reference beside it.
 
-    `rows` are those of the table. `found` receives a line on the first difference beyond the
-    tolerance, by function and result.
+    `rows` are those of the table. `found` receives, for each function and result, a line on its
+    first difference beyond the tolerance.
     """
 
     capturable = False
@@ -145,7 +146,7 @@ class Compare(OpsWrapper):
         o, lse = retro_attention.merge_by_lse(*map(in_float64, found))
         expected_o, expected_lse = (x[0] for x in expected)
         self.check("attend", "lse", lse, expected_lse, ROWS, torch.float32)
-        # A score rounds in float32, by more the larger it is, and moves the output as much.
+        # The rounding of a score in float32 grows with the score, and moves the output as much.
         more = TOLERANCES[torch.float32] / TOLERANCES[q.dtype] * finite(expected_lse).abs()
         size = expected_o.norm(dim=-1) * (1 + more)
         self.check("attend", "o", o, expected_o, ROWS, q.dtype, size)

@@ -7,8 +7,8 @@
 `exposure` prints tables, and all numbers as JSON in the last line, as bench.py does; `picture`
 draws from such saved outputs, and needs matplotlib.
 
-Ranks: a page's rank at a step is its place in the order in which Quest would take the pages, from
-0. Shapes as in bench.py.
+A page's rank at a step is its place, from 0, in the order in which Quest would take the pages.
+Shapes as in bench.py.
 """
 
 import argparse
@@ -42,10 +42,10 @@ def decode(decoder: Decoder, idx: torch.Tensor, prefix: int) -> None:
 
 
 def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> list[float]:
-    """Of the pages that a step selects, the shares that the step `distance` before had in its top-k
-    and in its next k; a mean over the steps. A page begun since then is in neither.
+    """The shares of a step's pages that the step `distance` before had in its top-k and in its next
+    k; means over the steps. A page begun since then is in neither.
 
-    For each step, ranks (B, n_kv_head, pages held), and in `selected` its k.
+    For each step, `ranks` has (B, n_kv_head, pages held), and `selected` its k.
     """
     shares = []
     for i in range(distance, len(ranks)):
@@ -169,8 +169,8 @@ def read_record(path: str, command: str) -> dict:
 
 
 def read_quality(path: str) -> tuple[str, list[float], dict[str, tuple]]:
-    """The title, where the parts of the text have their middles, and for Quest and each window the
-    KL and its standard error by part. Raises ValueError if the file lacks any of it."""
+    """The title, the middles of the text's parts, and for Quest and each window the KL and its
+    standard error by part. Raises ValueError if the file lacks any of it."""
     record = read_record(path, "quality")
     lines = {}
     try:

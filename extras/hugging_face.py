@@ -24,12 +24,12 @@ def read_checkpoint(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Arguments of `model.LlamaConfig`, and the weights as `model.Llama.from_weights` takes them:
     Meta's names, Meta's order of RoPE pairs. All but the reordered tensors are memory maps.
 
-    Raises ValueError if a file is missing or broken, or the model needs what is not supported.
+    Raises ValueError if a file is missing or broken, or a feature is not supported.
     """
     config = read_config(folder)
     weights = read_safetensors(folder)
     if "output.weight" in weights:
-        # A head in the files counts, whatever config.json says, as in transformers.
+        # A head in the files is used, whatever config.json says, as in transformers.
         config["tie_embeddings"] = False
     hs = config["head_size"]
     for name, w in weights.items():
@@ -94,7 +94,7 @@ TURNED_OFF = {
     "quantization_config": None,
     "transformers_weights": None,  # other files than model.safetensors
 }
-# The only kind of Llama 3.1's scaling that `model.rope_table` does; the factor is free.
+# The only form of Llama 3.1's scaling that `model.rope_table` computes; the factor is free.
 LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1,
@@ -106,7 +106,7 @@ LLAMA3 = {
 def read_config(folder: str | Path) -> dict:
     """Arguments of `model.LlamaConfig` from config.json.
 
-    Raises ValueError if the model needs what is not supported.
+    Raises ValueError if the model needs an unsupported feature.
     """
     config = from_pretrained("AutoConfig", folder).to_dict()
     kind = config["model_type"]
@@ -218,7 +218,7 @@ def safetensors_files(folder: str | Path) -> list[Path]:
 
 
 def pair_neighbours(w: torch.Tensor, head_size: int) -> torch.Tensor:
-    """The rows of a q or k projection (..., its bias, or its heads' norm) in Meta's order.
+    """The rows of a q or k projection, its bias, or its heads' norm, in Meta's order.
 
     w (heads * hs, ...): in each head, row i + hs / 2 moves next to row i. Attention stays the same
     because q and k are reordered alike.
@@ -265,8 +265,8 @@ class Tokenizer:
         return sorted(set(ends))
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
-        """Ids of `text`; with `bos`, also what the tokenizer puts around a text. Names of special
-        tokens in the text are plain text unless `special`."""
+        """Ids of `text`; with `bos`, also those that the tokenizer puts around a text. Names of
+        special tokens in the text are plain text unless `special`."""
         with one_line(f"checkpoint {self.folder}: its tokenizer fails"):
             return self.tokenizer.encode(
                 text, add_special_tokens=bos, split_special_tokens=not special
@@ -298,7 +298,7 @@ class Tokenizer:
         try:
             text = self.render([("user", "u"), ("assistant", "END")], tokenize=False)
         except ValueError:
-            return []  # `chat` will say why
+            return []  # `chat` raises the error again
         first = self.encode(text.rpartition("END")[2], special=True)[:1]
         return [i for i in first if i in self.tokenizer.added_tokens_decoder]
 

@@ -3,12 +3,12 @@
     torchrun --nproc-per-node 2 -m extras.parallel sample.py --prompt "It was a dark night"
 
 runs sample.py, bench.py or any other script in two processes, one per GPU; with `--device cpu` also
-without GPUs. A script that torchrun starts directly calls `apply()` before it makes a model.
+without GPUs. A script that torchrun starts directly must call `apply()` before it makes a model.
 
 Each rank holds a shard: some of the KV heads, their query heads, and a share of ffn_dim.
 RetroAttention works per KV head, so its code is the same. A rank's attention or feed-forward
 returns its part of a sum over all heads or all of ffn_dim, and a forward hook adds the parts up:
-two sums a layer. Everything else, such as sampling, happens on every rank alike. The sums are the
+two sums a layer. Everything else, such as sampling, happens on every rank alike. The sums have the
 same bits on all ranks, so one seed gives one text.
 """
 
@@ -54,7 +54,7 @@ def shard_weight(name: str, w: torch.Tensor, rank: int, n: int) -> torch.Tensor:
     found = re.search(r"\.(?:w[qkv13]|(wo|w2))\.(?:weight|bias)$", name)
     dim = 1 if found and found[1] else 0
     if not found or w.ndim <= dim or w.shape[dim] % n:
-        return w  # a shape that cannot be split is wrong: `Llama.from_weights` refuses it
+        return w  # `Llama.from_weights` refuses a shape that cannot be split
     return w.chunk(n, dim)[rank]
 
 
@@ -116,7 +116,7 @@ def check(args: list[str], n: int) -> Path:
     """The path of the script. Raises ValueError if `args`, a script and its arguments, cannot run
     in n processes of this machine."""
     need(args, "no script: torchrun --nproc-per-node N -m extras.parallel sample.py ...")
-    parser = argparse.ArgumentParser(add_help=False)  # knows abbreviations, and --device=cpu
+    parser = argparse.ArgumentParser(add_help=False)  # accepts abbreviations, and --device=cpu
     parser.add_argument("--device", nargs="?")
     parser.add_argument("--trace", nargs="?", const="")
     parser.add_argument("--chat", action="store_true")
@@ -173,7 +173,7 @@ def main(args: list[str]) -> int:
         if end.code:
             raise  # torchrun ends the other processes
     gc.collect()  # NCCL waits for the script's CUDA graphs to be freed
-    dist.destroy_process_group()  # else NCCL complains
+    dist.destroy_process_group()  # else NCCL warns
     return 0
 
 

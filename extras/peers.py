@@ -40,9 +40,9 @@ def flashinfer_decode(
     row: torch.Tensor, cache: LayerCache, pages: torch.Tensor, workspace: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
     """Plans FlashInfer's attention of one row (B, 1, n_head, hs) over full pages (B, n_kv_head, S),
-    and returns what runs it: the output is (B * n_kv_head, G, hs).
+    and returns what runs it, with output (B * n_kv_head, G, hs).
 
-    Each KV head has pages of its own, so to FlashInfer it is a text of its own.
+    Each KV head has pages of its own, so FlashInfer takes it as a text of its own.
     """
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
@@ -69,7 +69,7 @@ def flashinfer_stages(
     device: str,
     dtype: torch.dtype,
 ) -> dict[str, Callable]:
-    """Name -> what to run, for a cache of its own. The plans, made on the host, are not in it."""
+    """Name -> what to run, for a cache of its own. The host has made the plans before."""
     sizes = (B, shape.n_head, shape.n_kv_head, shape.head_size, context)
     cache = retro_attention.new_cache(retro, False, *sizes, device, dtype)
     bench.fill(cache, context - 1)
@@ -91,7 +91,7 @@ def kernels(args: argparse.Namespace) -> dict:
     need(args.device == "cuda", "FlashInfer needs a GPU, and this machine has none")
     shape, dtype, rates = bench.begin(args)
     ours = ("attend", "combine", "four", *bench.DENSE)
-    workspace = torch.empty(2**27, dtype=torch.uint8, device=args.device)  # of all layers in turn
+    workspace = torch.empty(2**27, dtype=torch.uint8, device=args.device)  # for all layers
     rows = {}
     for context, B in args.settings:
         for retro in bench.kernel_configs(args.windows, context):
@@ -143,7 +143,7 @@ def step_times(model: Llama, B: int, context: int) -> list[float]:
             k, v = torch.randn(2, B, shape.n_kv_head, context - 35, shape.head_size, dtype=dtype)
             cache.update(k, v, i)
         token = torch.randint(shape.vocab_size, (B, 1))
-    # Some versions have the one name, some the other, and ignore an unknown one.
+    # The name depends on the version, which ignores an unknown one.
     names = inspect.signature(theirs.forward).parameters
     name = "cache" if "cache" in names else "past_key_values"
     step = partial(theirs, input_ids=token, use_cache=True, **{name: cache})  # appends to the cache

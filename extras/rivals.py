@@ -6,7 +6,7 @@ line are those of `bench.py quality`; --rivals and --ablations choose the rows.
 
 All rivals have Quest's budget at every step: as many tokens as Quest's pages hold when the last
 page is full. (If the budget grows with the text, a rival that evicts tokens can add only new ones.)
-Prefill is dense for all, and so are the first `dense_layers`. `kv_share` counts also what a rival
+Prefill is dense for all, and so are the first `dense_layers`. `kv_share` also counts what a rival
 reads beyond the budget: page bounds and dense passes.
 
 Shapes as in retro_attention.py; T is a number of keys.
@@ -30,7 +30,7 @@ from bench import Method
 from model import Decoder, Llama
 from retro_attention import LayerCache, OpsWrapper, RetroConfig, apply_rope, with_window_first
 
-SINKS = 4  # StreamingLLM's first tokens, which take the attention that has nowhere to go
+SINKS = 4  # first tokens that StreamingLLM keeps, because they absorb excess attention
 REFRESH = 32  # steps from one dense pass of RefreshKV or ReSA to the next
 RECENT = 32  # newest tokens that MorphKV always keeps, and whose queries rank the older ones
 
@@ -82,8 +82,8 @@ class Rival:
         """What the query at t may read: bool, broadcastable to (B, n_kv_head, t+1). None is all."""
 
     def learn(self, weight: torch.Tensor, t: int) -> None:
-        """Receives the weights of the query at t, (B, n_kv_head, G, t+1). The first are those of
-        the prompt's last query: there a new text starts."""
+        """Receives the weights of the query at t, (B, n_kv_head, G, t+1). A text's first weights
+        are those of the prompt's last query."""
 
     def allowed(self, t: int) -> int:
         """Tokens that may be read at position t."""
@@ -142,7 +142,7 @@ class StreamingLLM(Rival):
     def decode(self, q, k, v, cos, sin, t):
         q = retro_attention.write(q, k, v, cos, sin, self.cache, t)
         t = int(t)
-        # It never goes back, even if the budget grows: evicted is gone.
+        # It never goes back, even if the budget grows, because evicted tokens are gone.
         self.first = max(self.first, t + 1 - max(1, self.allowed(t) - SINKS))
         k, v = self.tokens(t)
         moved = slice(self.first - SINKS, self.first - SINKS + 1)
@@ -184,7 +184,7 @@ class MorphKV(Evicting):
 
     The paper offers the sum or the maximum over these queries. Here it is the sum, also over the
     query heads of a KV head, which has its own set. Our choices: a query counts with the weights of
-    its own step, over all that it read; an evicted token counts no more; if the budget is smaller
+    its own step, over all that it read; an evicted token no longer counts; if the budget is smaller
     than the window, the newest tokens remain.
     """
 
@@ -192,7 +192,7 @@ class MorphKV(Evicting):
         T = k.shape[1]
         k_by_head = k.transpose(1, 2)  # (B, n_kv_head, T, hs)
         v_by_head = v.transpose(1, 2)  # (B, n_kv_head, T, hs)
-        self.recent = deque(maxlen=RECENT)  # one (B, n_kv_head, t+1) of each query, t its position
+        self.recent = deque(maxlen=RECENT)  # for each query, at t, (B, n_kv_head, t+1)
         for t in range(max(0, T - RECENT), T - 1):
             row = q[:, t : t + 1]
             _, weight = attention(row, k_by_head[:, :, : t + 1], v_by_head[:, :, : t + 1])
@@ -203,7 +203,7 @@ class MorphKV(Evicting):
         self.recent.append(weight.sum(dim=2))
         importance = sum(F.pad(x, (0, t + 1 - x.shape[2])) for x in self.recent)
         n = min(RECENT, t + 1)
-        # More than any sum of weights, and the newest has most.
+        # Larger than any sum of weights, and largest for the newest.
         importance[..., -n:] = 1e6 + torch.arange(n, device=weight.device)
         self.keep_best(importance, t)
 
@@ -213,7 +213,7 @@ class RefreshKV(Rival):
     next set (Xu et al., ACL 2025, arXiv 2411.05787).
 
     Each KV head has its own set: the tokens with the most attention of its query heads, and all
-    tokens since then.
+    tokens since that step.
     """
 
     @staticmethod
@@ -228,8 +228,8 @@ class RefreshKV(Rival):
     def visible(self, t):
         if self.refreshes(t):
             return None
-        # More than any weight, and the newest has most. So as tokens arrive, the least important of
-        # the set make room.
+        # Larger than any weight, and largest for the newest. So as tokens arrive, the least
+        # important of the set make room.
         self.importance = F.pad(self.importance, (0, 1), value=1 + t)  # (B, n_kv_head, t+1)
         best = self.importance.topk(min(t + 1, self.allowed(t))).indices
         return torch.zeros_like(self.importance, dtype=torch.bool).scatter(2, best, True)
@@ -247,7 +247,7 @@ class SelectionReuse(OpsWrapper):
     """Quest that chooses pages only at every second step; the step in between loads the pages of
     the step before (a baseline of the RetroAttention paper).
 
-    The scores are kept. If a page has begun since then, it displaces the page with the lowest one.
+    The scores are kept. A page begun since then displaces the page with the lowest score.
     """
 
     capturable = False
@@ -334,7 +334,7 @@ class FirstQuery(OpsWrapper):
     def attend(self, q, cache, pages, loaded_before, t):
         if self.q is None:
             self.q = torch.empty_like(q)
-        if pages is not None:  # not in prefill: there the window starts with the prompt's last rows
+        if pages is not None:  # not prefill, which starts the window with the prompt's last rows
             q = torch.cat((self.q[:, 1:], q[:, -1:]), dim=1)  # (B, W, n_head, hs)
         self.q.copy_(q)
         return self.ops.attend(q, cache, pages, loaded_before, t)
@@ -363,7 +363,7 @@ def methods(
             found["Quest one choice"] = Method(quest, make)
         for w in windows:
             found[f"W={w} {name}"] = Method(replace(retro, window=w), make)
-    # The kernels read no sets of tokens, and not as many rows at once as ReSA's dense pass has.
+    # The kernels cannot read sets of tokens, nor as many rows at once as ReSA's dense pass has.
     quest = replace(quest, impl="torch")
     return found | {name: Method(quest, *RIVALS[name]) for name in rivals}
 

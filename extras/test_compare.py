@@ -41,7 +41,7 @@ def run(capsys, monkeypatch):
 
 @needs_triton
 def test_the_kernels_do_not_differ(run):
-    """Every call is counted, and rounding shows, so the reference is not compared with itself."""
+    """Every call is counted. Rounding differs, so the reference is not compared with itself."""
     code, out, error = run()
     assert (code, error) == (0, "") and "no difference" in out and "2 decode steps" in out
     rows = {name: float(x) for name, x in re.findall(r"^(\w+) +\d.* (\S+)$", out, re.M)}
@@ -54,8 +54,8 @@ def test_the_kernels_do_not_differ(run):
 
 @needs_triton
 def test_rows_before_the_start_of_the_text_are_not_compared(run, monkeypatch):
-    """The window is longer than the prompt, and a kernel leaves these rows of q undefined. In
-    float16."""
+    """The window is longer than the prompt, and a kernel leaves the rows of q before the text
+    undefined. The dtype is float16."""
     whole = kernels.write
 
     def write(q, k, v, cos, sin, cache, t):
@@ -90,8 +90,8 @@ def test_differences_are_named(run, monkeypatch):
     """Each function of the reference is broken in one place, at the second decode step, and a
     kernel writes where it should only read.
 
-    Guards against differences that many right values hide, against one that hides another, and
-    against a place that is not theirs.
+    Guards against differences that many right values or another difference hide, and against a
+    wrong place in a line.
     """
 
     def bounds(q, cache):

@@ -1,4 +1,4 @@
-"""The Markdown files against the code."""
+"""Checks the Markdown files against the code."""
 
 import re
 import shlex

@@ -39,7 +39,7 @@ def shares(now, past, k):
 
 
 def test_overlap_of_page_sets():
-    """Against sets. A page begun since the past step is in neither."""
+    """Compares with sets. A page begun since the past step is in neither share."""
     rng = np.random.default_rng(0)
     ranks = []
     for i in range(6):
@@ -78,15 +78,15 @@ class KeepQueries(OpsWrapper):
 
 
 def wanted_pages(t, q, k):
-    """For one text and KV head: all pages in Quest's order, by its bounds from the paper."""
+    """All pages in Quest's order, by its paper's bounds, for one text and KV head."""
     _, held, window = pages_to_load(BENCH, t)
     bounds = quest_bounds(q, k, t)
     return sorted(range(held), key=lambda j: (j not in window, -bounds[j]))
 
 
 def test_the_pages_wanted_are_those_with_the_highest_bounds():
-    """Against sets of pages, chosen by the queries of full attention. Guards against the worst
-    pages instead of the best, a number of pages from another step, and a mean that leaves out
+    """Compares with sets of pages that the queries of full attention choose. Guards against the
+    worst pages instead of the best, a number of pages from another step, and a mean that leaves out
     layers."""
     retro = replace(BENCH, budget=0.4)  # 3 pages, from position 56 on 4
     model = random_model()
@@ -142,8 +142,8 @@ def exposure(monkeypatch):
 
 
 def test_revisions_are_those_of_the_largest_window(exposure):
-    """Whatever the order of the windows. The pages loaded are those of W=4, and the first sights of
-    its three past rows are what makes its exposure."""
+    """In any order of the windows. The pages loaded are those of W=4, and its exposure comes from
+    the first sights of its three past rows."""
     results = exposure("--windows 2 4 1 --dense_layers 1")
     exposures = results["effective_exposure"]
     assert list(exposures) == [1, 2, 4]
@@ -208,7 +208,7 @@ def test_exposure_of_the_shipped_checkpoint(saved):
 
 
 def test_the_picture_draws_quest_and_the_windows(saved, monkeypatch, tmp_path, capsys):
-    """With the numbers of the records, each part at its middle; full attention is no line."""
+    """It has the numbers of the records, each part at its middle. Full attention has no line."""
     pytest.importorskip("matplotlib")
     quality, record = saved(bench.main, "quality", "--control")
     exposure, met = saved(figures.main, "exposure", "--distance 3")
@@ -305,7 +305,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_an_incomplete_record_of_quality_is_refused(capsys, tmp_path, name):
-    """With one line, and without a loss: the picture that is there already stays."""
+    """With one line, and an existing picture stays."""
     record = BROKEN[name]
     text = record if isinstance(record, str) else json.dumps(record)
     (tmp_path / "quality").write_text(f"tables\n\n{text}\n")
@@ -318,7 +318,7 @@ def test_an_incomplete_record_of_quality_is_refused(capsys, tmp_path, name):
 
 
 def test_an_incomplete_record_of_exposure_is_refused(capsys, tmp_path, monkeypatch):
-    """Also one of another command. With both records complete, matplotlib is all that may be
+    """Also a record of another command. If both records are complete, only matplotlib may be
     missing."""
     (tmp_path / "quality").write_text(json.dumps(quality_record()))
     out = ["--out", str(tmp_path / "x.png")]

@@ -98,7 +98,7 @@ def edit_weights(folder, change):
 
 
 def put_head(scale, folder):
-    """Beside a tied table: the table once more, or another head."""
+    """Adds a head beside a tied table: the table times `scale`."""
 
     def change(weights):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * scale
@@ -107,7 +107,7 @@ def put_head(scale, folder):
 
 
 def spell_as_published(folder):
-    """rope_theta beside rope_scaling, instead of the rope_parameters that transformers 5 writes."""
+    """Puts rope_theta beside rope_scaling, in place of transformers 5's rope_parameters."""
     config = json.loads((folder / "config.json").read_text())
     scaling = config.pop("rope_parameters")
     config["rope_theta"] = scaling.pop("rope_theta")
@@ -188,7 +188,7 @@ UNHEARD = {"rope_type": "unheard", "rope_theta": 1e4}
     ({"num_hidden_layers": 1}, "layers.1.* is unknown"),
 ])  # fmt: skip
 def test_unsupported_config_is_refused(tmp_path, change, message):
-    """By name: a model that loads must be computed as its makers meant it."""
+    """By name, because a model that loads must be computed as its makers meant it."""
     write_hugging_face(tmp_path)
     edit(tmp_path / "config.json", **change)
     refused(lambda: Llama.from_checkpoint(tmp_path), message)
@@ -297,7 +297,7 @@ def test_panic_of_safetensors_is_refused_and_ctrl_c_is_not(tmp_path, monkeypatch
 @needs_transformers
 @pytest.mark.parametrize("shape", [(), (47, 48)])
 def test_projection_that_is_not_whole_heads_is_refused(tmp_path, shape):
-    """Before its rows are reordered, which would end in an error of PyTorch's."""
+    """Before its rows are reordered, which would raise an error inside PyTorch."""
     write_hugging_face(tmp_path)
     broken = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(shape)}
     edit_weights(tmp_path, lambda weights: weights.update(broken))
@@ -307,7 +307,7 @@ def test_projection_that_is_not_whole_heads_is_refused(tmp_path, shape):
 @needs_transformers
 @pytest.mark.parametrize("model_type", ["unheard", "llama"])
 def test_code_in_a_folder_never_runs(tmp_path, monkeypatch, capsys, model_type):
-    """transformers would ask on stdin, where a prompt may stand that begins with "y"."""
+    """transformers would ask on stdin, and a prompt there may begin with "y"."""
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     code = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
     config = json.dumps({"model_type": model_type, "auto_map": code, "tokenizer_class": "Own"})
@@ -391,8 +391,8 @@ def write_sentencepiece_tokenizer(folder):
 @needs_transformers
 @pytest.mark.parametrize("prompt", ["a b", "a\u00e9", "a" * 20, "b "])
 def test_text_after_a_prompt_keeps_its_spaces(tmp_path, prompt):
-    """Guards against printing each token by itself: "a" would follow a prompt without its space,
-    and a character of several bytes would be several U+FFFD."""
+    """Guards against decoding each token by itself, which loses the space before "a", and turns a
+    character of several bytes into several U+FFFD."""
     write_hugging_face(tmp_path)
     write_sentencepiece_tokenizer(tmp_path)
     tok = Tokenizer.from_checkpoint(tmp_path)
@@ -411,7 +411,7 @@ def test_text_after_a_prompt_keeps_its_spaces(tmp_path, prompt):
 
 @needs_transformers
 def test_chat_templates(tmp_path):
-    """ChatML if a folder has its tokens and no template; the reason if a template refuses."""
+    """Uses ChatML if a folder has its tokens and no template. Reports why a template refuses."""
     write_hugging_face(tmp_path)
     oracle = write_hugging_face_tokenizer(tmp_path)
     said = [("system", "be"), ("user", "the?")]
@@ -436,7 +436,7 @@ def test_chat_templates(tmp_path):
 
 @needs_transformers
 def test_sample_reads_a_hugging_face_folder(capsys, tmp_path):
-    """The text is that of the ids: whole characters, also if one is spread over several tokens."""
+    """The text is that of the ids, in whole characters, even if several tokens make one."""
     write_hugging_face(tmp_path)
     write_hugging_face_tokenizer(tmp_path)
     args = f"--checkpoint {tmp_path} --prompt the --max_new_tokens 60 --temperature 3"

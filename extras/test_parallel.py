@@ -1,4 +1,4 @@
-"""Several processes against one. They talk through gloo on a CPU, and on two GPUs through NCCL."""
+"""Compares several processes with one. They use gloo on a CPU, and NCCL on two GPUs."""
 
 import os
 import signal
@@ -67,8 +67,8 @@ def start_python(args, gpus="", **options):
 
 
 def run_processes(n, args, gpus=""):
-    """The n processes that torchrun would start, without the seconds that it takes: yields for each
-    the exit code, stdout and stderr."""
+    """Starts the n processes that torchrun would start, but seconds faster. Yields for each the
+    exit code, stdout and stderr."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -91,8 +91,8 @@ def same(a, b):
     pytest.param("cuda", "float32", "triton", 1e-4, marks=needs_two_gpus),
 ])  # fmt: skip
 def test_two_processes_equal_one(tmp_path, device, dtype, impl, tolerance):
-    """Texts and logits, and the weights put together again, are those of one process. On two GPUs
-    the steps are CUDA graphs that contain the sums.
+    """Texts, logits and the joined weights are those of one process. On two GPUs the steps are CUDA
+    graphs that contain the sums.
 
     Guards against heads on the wrong rank, a tensor that is split and should not be (or the other
     way round), and ranks that draw different tokens.

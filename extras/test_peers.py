@@ -27,8 +27,8 @@ SMALL = replace(bench.SHAPES["tiny"], n_layer=2)
 
 
 class Wrapper:
-    """What FlashInfer's documentation says of its wrapper, in plain PyTorch: `first` holds the
-    place in `pages` where each text begins, and `last` the tokens in its last page."""
+    """FlashInfer's wrapper in plain PyTorch, after its documentation: `first` holds the place in
+    `pages` where each text begins, and `last` the tokens in its last page."""
 
     def __init__(self, workspace, use_tensor_cores):
         pass
@@ -66,8 +66,8 @@ def on_cpu(capsys, monkeypatch):
 
 @needs_transformers
 def test_decode_has_a_row_of_transformers(on_cpu):
-    """It must read the bytes of full attention. Guards against a library that is left out, and
-    against steps that ignore the cache, which the code asserts."""
+    """It must read the bytes of full attention. Guards against a library that is left out, and (by
+    an assertion in the code) steps that ignore the cache."""
     out, record = on_cpu("decode --settings 256x2 --windows 2 --rounds 1")
     rows = {row["method"]: row for row in record["results"]["rows"]}
     assert list(rows) == ["full", "Quest", "W=2", "transformers"]
@@ -113,7 +113,7 @@ def test_kernels_sets_flashinfer_beside_attend(on_cpu, monkeypatch):
     """The table has a time for each, and the JSON the version. Guards against a stage that is left
     out."""
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer())
-    monkeypatch.setattr(peers, "need", lambda condition, message: None)  # of a GPU
+    monkeypatch.setattr(peers, "need", lambda condition, message: None)  # without a GPU
     out, record = on_cpu("kernels --settings 512x2 --windows 2")
     (row,) = record["results"]["rows"]
     for name in ("attend", "combine", "ours", "FlashInfer selected", "FlashInfer all"):

@@ -1,4 +1,4 @@
-"""Each rival against plain lists of tokens or pages, then the table that they stand in.
+"""Compares each rival with plain lists of tokens or pages, then tests their table.
 
 The expected outputs come from the rivals' papers, by lists of positions, and share no code with
 rivals.py.
@@ -88,13 +88,13 @@ def weights_over(q, k, keys):
 
 
 def check_kept(o, q, k, v, t, kept):
-    """o is attention of the query at t over the positions kept[text, KV head]."""
+    """Checks that o is attention of the query at t over the positions kept[text, KV head]."""
     check_output(o, q, k, v, t, lambda b, h: kept[b, h])
 
 
 def test_streaming_llm_keeps_sinks_and_recent_tokens_and_renumbers_them():
-    """A list of held tokens, whose oldest after the first four is dropped if it is too long;
-    keys are rotated by their place in the list.
+    """A list holds the tokens. If it is too long, it drops the oldest after the first four. Keys
+    are rotated by their place in the list.
 
     Guards against sinks at their old distance, and against tokens that come back when the budget
     grows.
@@ -117,7 +117,7 @@ def test_streaming_llm_keeps_sinks_and_recent_tokens_and_renumbers_them():
 
 def test_tova_evicts_the_least_attended_token_of_the_layer():
     """One list per text. After a step, the tokens with the lowest weights of its query, averaged
-    over all heads, make room for the next. Guards against a set of each KV head's own."""
+    over all heads, make room for the next. Guards against one list per KV head."""
     q, k, v, outputs = run_rival("TOVA")
     q = rotated(q)
     k = rotated(k)
@@ -186,10 +186,10 @@ def test_morphkv_keeps_the_newest_tokens_and_those_that_their_queries_attend_to(
 
 
 @pytest.mark.parametrize("retro", [BENCH, ONE_PAGE], ids=["", "one page"])
-def test_refreshkv_alternates_all_tokens_and_the_best_of_the_last_time(monkeypatch, retro):
-    """Every 10th step reads all tokens. The steps in between read the tokens since then, the newest
-    ones if these are too many, and the best of that time in the room that is left. Guards against a
-    refresh at the wrong step."""
+def test_refreshkv_alternates_all_tokens_and_the_best_of_the_last_refresh(monkeypatch, retro):
+    """Every 10th step reads all tokens. The steps in between read the tokens since then (if too
+    many, the newest) and, in the room that is left, the best of that step. Guards against a refresh
+    at the wrong step."""
     monkeypatch.setattr(rivals, "REFRESH", 10)
     q, k, v, outputs = run_rival("RefreshKV", retro=retro)
     q = rotated(q)
@@ -238,7 +238,7 @@ def test_selection_reuse_chooses_at_every_second_step(retro):
 @pytest.mark.parametrize("dense_layers", [0, 1])
 def test_resa_repairs_the_cache(monkeypatch, dense_layers):
     """After a dense pass, keys, values and bounds are those of dense decoding; before the first
-    pass, all is Quest's.
+    pass, all is as with Quest.
 
     Guards against a pass one row short, bounds left as they were, a repair that reads the cached
     sparse outputs, and passes counted from an earlier text.
@@ -281,8 +281,8 @@ def method(name, retro=BENCH, windows=(4,)):
 
 
 def logits_of(name, tokens, model, prompt_len=30, **options):
-    """(B, L, vocab) by a method of the table, and its decoder, which has decoded another text
-    before: a state that does not start afresh shows."""
+    """Logits (B, L, vocab) by a method of the table, and its decoder. It has decoded another text
+    before, so a state that does not start afresh shows."""
     found = method(name, replace(BENCH, **options))
     decoder = found.make(model, len(tokens), found.retro, tokens.shape[1])
     decoder.prefill(tokens[:, 30:60])
@@ -308,8 +308,8 @@ class KeepPages(OpsWrapper):
 
 @pytest.mark.parametrize("name", ["Quest one choice", "W=4 one choice", "W=4"])
 def test_one_choice_loads_the_same_pages_for_all_kv_heads(name):
-    """Those with the highest sum of Quest's bounds over all heads. Without it, the KV heads of the
-    same text differ."""
+    """Those with the highest sum of Quest's bounds over all heads. Without the ablation, the KV
+    heads of a text load different pages."""
     tokens = random_tokens(2, 70)
     seen = []
     found = method(name)
@@ -331,8 +331,8 @@ def test_one_choice_loads_the_same_pages_for_all_kv_heads(name):
 
 @pytest.mark.parametrize("n_layer, equal", [(2, True), (3, False)])
 def test_first_query_matters_from_the_second_layer_on(n_layer, equal):
-    """In the first layer nothing was corrected below, so the fresh query is the first one. In the
-    second, it is not, which shows in the third. Guards against a window that is off by a row."""
+    """The first layer's input has no correction, so its fresh query is the first one. The second
+    layer's is not, which shows in the third. Guards against a window that is off by a row."""
     tokens = random_tokens(2, 70)
     model = random_model(n_layer=n_layer)
     a, _ = logits_of("W=4 first query", tokens, model)
@@ -343,8 +343,8 @@ def test_first_query_matters_from_the_second_layer_on(n_layer, equal):
 @pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU: CUDA graphs are not tested here")
 @pytest.mark.parametrize("name", list(rivals.ABLATIONS))
 def test_ablations_through_the_kernels(name):
-    """Also in a CUDA graph that a second text goes on with. Guards against a state that moves to
-    other memory, which a graph does not follow."""
+    """Also in a CUDA graph that a second text reuses. Guards against a state that moves to other
+    memory, which a graph does not follow."""
     tokens = random_tokens(2, 90).cuda()
     model = random_model().float().cuda()
     expected, _ = logits_of(f"W=4 {name}", tokens, model, impl="torch")
@@ -398,7 +398,7 @@ def table(capsys, monkeypatch):
 
 def test_the_table_has_all_methods_and_no_method_twice(table):
     """A window of 1 is Quest in every number, also with its first query. Guards against two names
-    for one method, and against an exposure that nobody has counted."""
+    for one method, and against an exposure that was not counted."""
     out, record = table("--windows 1 4 --budget 0.2")
     rows = record["results"]["rows"]
     ours = ["full", "Quest", "W=1", "W=4", "Quest one choice", "W=1 one choice", "W=4 one choice"]
@@ -417,8 +417,8 @@ def test_the_table_has_all_methods_and_no_method_twice(table):
 
 
 def test_a_full_budget_is_full_attention_in_the_table(table):
-    """If all tokens are allowed, every method is full attention, and reading bounds or passing
-    twice has its price."""
+    """If all tokens are allowed, every method is full attention, and bounds or a second pass add to
+    the bytes."""
     _, record = table("--windows 4 --budget 1.0")
     rows = record["results"]["rows"]
     for name, row in rows.items():
@@ -428,7 +428,7 @@ def test_a_full_budget_is_full_attention_in_the_table(table):
 
 
 def test_the_rows_are_chosen_on_the_command_line(capsys):
-    """All rivals and no ablation by default; a name that does not exist is one line."""
+    """All rivals and no ablation by default; an unknown name is refused in one line."""
     args = rivals.parse_args([])
     assert (args.rivals, args.ablations) == (list(rivals.RIVALS), [])
     args = rivals.parse_args(["--rivals", "--ablations", "one choice", "--control"])

@@ -141,7 +141,7 @@ def test_a_watcher_sees_what_a_step_revises_and_changes_nothing(prompt_len):
 def test_revisions_by_hand():
     """Five pages of 8 at step 33, and its rows 31 and 32: page 0 was last loaded at step 10, page 2
     at 32, page 4 at 30 and begins at 32. Guards against rows that see a page that begins later, a
-    mass below 0 by rounding, and a division by 0 of a length that is 0."""
+    mass below 0 by rounding, and a division by a length of 0."""
     k = torch.ones(1, 1, 2, 3)
     out = torch.ones(1, 2, 1, 3)
     before = PastRows(k, 0 * k, 0 * out, torch.tensor([[[2.0], [2.0]]]))
@@ -182,7 +182,7 @@ def test_the_lists_of_the_kernels_are_trimmed():
 
 
 class Names:
-    """A tokenizer of names that would end the page's script."""
+    """A tokenizer whose texts would end the page's script."""
 
     stop_tokens = []
 
@@ -225,7 +225,7 @@ def record(model, retro, tokens, prompt_len, path, tok=Names):
 
 
 def check_head(found, step, cache, h):
-    """What the page holds of KV head h is what the step and the cache hold, in four digits."""
+    """Checks that the page holds of KV head h what the step and the cache hold, in four digits."""
     t = step.t
     window = cache.config.window
     keys = by_position(cache)[0][0, h, : t + 1].numpy()
@@ -245,8 +245,8 @@ def check_head(found, step, cache, h):
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_the_page_holds_what_a_run_did(tmp_path, window):
-    """The first text of two, against a run of its own. Guards against another text's numbers, a
-    layer or head in another's place, and a token that ends the script."""
+    """Compares the first text of two with a run of its own. Guards against another text's numbers,
+    a layer or head in another's place, and a token that ends the script."""
     model = random_model()
     tokens = random_tokens(2, 26)
     retro = replace(SPARSE, window=window)
@@ -274,8 +274,8 @@ def test_the_page_holds_what_a_run_did(tmp_path, window):
 
 
 def test_a_head_of_zeros_has_not_moved(tmp_path):
-    """Guards against NaN in the page: 0 / 0 where a key, value or output has no length, and a
-    number that is not finite, which would lose the whole page."""
+    """Guards against NaN, which would lose the whole page: 0 / 0 where a key, value or output has
+    no length, or another number that is not finite."""
     model = random_model()
     for name, w in model.weights().items():
         if name in ("layers.2.attention.wk.weight", "layers.2.attention.wv.weight"):
@@ -403,7 +403,7 @@ def test_how_many_steps_fit_into_the_page():
 
 
 def test_a_page_that_cannot_be_written_is_a_line(tmp_path):
-    """Guards against the loss of the report that the line stands in."""
+    """Guards against the loss of the report that contains the line."""
     folder = tmp_path / "folder"
     folder.mkdir()
     decoder = Decoder(random_model(), 1, SPARSE, max_seq_len=80)
@@ -454,7 +454,8 @@ def test_a_recorder_checks_its_path_first():
 
 
 def test_trace_leaves_the_text_alone(capsys, tmp_path):
-    """On stdout only the text, in the report a line on the page. Two texts: the first is shown."""
+    """Stdout has only the text, and the report a line on the page. The page shows the first of two
+    texts."""
     path = tmp_path / "run.html"
     options = "--window 3 --dense_layers 1 --num_samples 2 --max_new_tokens 8"
     code, text, report = command(capsys, options, "--trace", str(path))
@@ -554,9 +555,9 @@ def found_in_browser(path, profile):
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium: the page is not opened")
 def test_the_page_steps_and_explains(tmp_path):
-    """No error, it opens where something is new, keys and the address lead on, the pages shown are
-    those that an independent run loads, and a cell explains what it shows. Guards against a window
-    that leaves no room for the dots, ages cut to other numbers, and odd text in the page."""
+    """It opens without an error where something is new. Keys and the address change the step. The
+    pages shown are those that an independent run loads, and a cell explains what it shows. Guards
+    against a window that leaves no room for the dots, ages with digits cut off, and odd text."""
     path = tmp_path / "run.html"
     model = Llama.from_checkpoint(TINY)
     tok = Tokenizer.from_checkpoint(TINY)

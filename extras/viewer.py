@@ -49,7 +49,7 @@ class Step:
 
 
 def past_rows(cache: LayerCache, t: torch.Tensor) -> PastRows:
-    """Copies the past rows of the window that ends at t: indexing with a tensor copies."""
+    """Copies the past rows of the window that ends at t (indexing with a tensor copies)."""
     W = cache.config.window
     rows = row_positions(t, W)[:-1]  # (W-1,)
     rows = rows[rows >= 0]  # (R,)
@@ -107,7 +107,7 @@ def watch(decoder: Decoder, look: Callable[[int, Step], None]) -> None:
 
 
 def moved(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """|new - old| / |old| over the last axis. From zero, it is 0 to zero and 1 to anything else."""
+    """|new - old| / |old| over the last axis. Where old is zero, it is 0 if new is too, else 1."""
     length = old.norm(dim=-1)
     length = torch.where(length > 0, length, new.norm(dim=-1))
     return (new - old).norm(dim=-1) / length.masked_fill(length == 0, 1)
@@ -126,8 +126,8 @@ def revisions(step: Step, page_size: int) -> torch.Tensor:
     loaded_before = step.loaded_before[:, :, None].cpu()  # (B, n_kv_head, 1, S)
     rows = torch.arange(step.t - R, step.t)[:, None]  # (R, 1)
     new = (pages * page_size <= rows) & (loaded_before < rows)  # (B, n_kv_head, R, S)
-    # Of the row's sum of exp, exp(lse after), it had exp(lse before). The sum only grows: what is
-    # below 0 is rounding.
+    # The row's sum of exp was exp(lse before) and is exp(lse after). It only grows, so a mass below
+    # 0 is rounding.
     kept = (by_head(step.before.lse) - by_head(step.after.lse)).exp()  # (B, n_kv_head, R, G)
     mass = (1 - kept).clamp(min=0).mean(dim=-1)  # (B, n_kv_head, R)
     output = moved(by_head(step.before.out), by_head(step.after.out))
@@ -249,7 +249,7 @@ class Recorder:
     def page(self, ids: list[int]) -> bytes:
         """The page of the steps that the tokens after the prompt made."""
         retro = self.decoder.retro
-        # A token that holds only a part of a character adds no text, and the last part adds it all.
+        # A token that holds only a part of a character adds no text; the last part adds all of it.
         text = TextStream(self.tok, [])
         run = {
             "window": retro.window,
