@@ -1352,6 +1352,28 @@ def test_sampling_frequencies(temperature, top_k, top_p, weights):
         assert error <= 4 * math.sqrt(p * (1 - p) / n)  # four standard errors
 
 
+@pytest.mark.parametrize("stops", [0, 1, 2])
+def test_steps_launched_ahead_write_the_same_text(stops):
+    """As with a CUDA graph: the next step runs before the host has read a token. The text ends with
+    the context, or once both rows have stopped, and the caches then hold the last stop token."""
+    model = random_model(max_seq_len=64)
+    prompt = random_tokens(2, 20)
+    free = model.generate(prompt, 100, SPARSE, temperature=0)
+    stop_tokens = [free[0, 30].item(), free[1, 50].item()][:stops]
+    texts = []
+    positions = []
+    for graph in (None, "any"):
+        decoder = Decoder(model, 2, SPARSE)
+        decoder.graph = graph
+        stream = decoder.stream(prompt, 100, temperature=0, stop_tokens=stop_tokens)
+        texts.append(torch.stack(list(stream), dim=1))
+        positions.append(decoder.position)
+    assert torch.equal(*texts)
+    n = 20 + texts[0].shape[1]
+    ended = n < 64
+    assert ended == (stops > 0) and positions == [n - 2, n - 2 + ended]
+
+
 @pytest.mark.parametrize("n", [1, 511, 512, 513, 128_256])
 def test_the_sum_before_each_token(n):
     x = torch.rand(2, n, generator=torch.Generator().manual_seed(n))
