@@ -45,6 +45,11 @@ position of the newest row, a 0-dim int64 tensor on the cache's device (an int i
 the methods of `RetroConfig`). Row w stands at position p = t-W+1+w; j is the position of a key.
 Rows before the start of the text (negative positions) write nothing and see nothing, and their
 output is zero.
+
+What a step reads, for each text and KV head, in vectors of hs numbers: a sparse layer reads the
+bounds of the pages held (2 vectors per page) and K and V of the pages selected (2 ps per page); a
+dense layer reads all K and V (2 (t+1)). The weights come in addition, once for all texts and rows
+(paper, section 2.5).
 """
 
 import copy
