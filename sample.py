@@ -340,10 +340,10 @@ def explained(steps: Iterator[torch.Tensor], device: torch.device) -> Iterator[t
 
 
 def report(
-    decoder: Decoder, prompt_len: int, start: float, made: list[tuple[float, int]]
+    decoder: Decoder, prompt_len: int, start: float, made: list[tuple[float, int]], held: int = 0
 ) -> list[str]:
     """The lines at the end: tokens, pace, pages and KV bytes read. `made`: see `show`; its first
-    step is the prefill."""
+    step is the prefill. The caches already held the first `held` tokens of the prompt."""
     if not made:
         return ["no tokens"]
     times, tokens = zip(*made, strict=True)
@@ -356,9 +356,12 @@ def report(
     context = decoder.model.config.max_seq_len
     length = prompt_len + len(made)
     full = ": it is full" if length == context else ""
+    prompt = f"prompt of {prompt_len} tokens"
+    if held:
+        prompt = f"{prompt_len - held} of {prompt_len} prompt tokens"
     lines = [
-        f"{sum(tokens)} tokens, {pace}, prompt of {prompt_len} tokens read in "
-        f"{times[0] - start:.2f} s; context {length} of {context}{full}"
+        f"{sum(tokens)} tokens, {pace}, {prompt} read in {times[0] - start:.2f} s; "
+        f"context {length} of {context}{full}"
     ]
     # The first token comes out of the prefill, so n tokens took n - 1 decode steps.
     steps = range(prompt_len, prompt_len + len(made) - 1)
@@ -543,8 +546,9 @@ def converse(
         if decoder.position is not None:
             held = decoder.tokens[0, : decoder.position + 1].tolist()
         append = len(held) > 0 and ids[: len(held)] == held
-        new = ids[len(held) :] if append else ids
-        idx = torch.tensor([new], device=device)  # (1, T)
+        if not append:
+            held = []
+        idx = torch.tensor([ids[len(held) :]], device=device)  # (1, T)
         steps = decoder.stream(
             idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens, append=append
         )
@@ -552,8 +556,8 @@ def converse(
         start = time.perf_counter()
         _, made = show("", explained(steps, device), [text], tok.stop_tokens)
         messages.append(("assistant", text.text))
-        read = f"{len(new)} of {len(ids)} tokens read"
-        print(f"[{read}; {report(decoder, len(ids), start, made)[0]}]", file=sys.stderr)
+        line = report(decoder, len(ids), start, made, len(held))[0]
+        print(f"[{line}]", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

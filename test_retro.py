@@ -2227,7 +2227,7 @@ def test_a_conversation(capsys, monkeypatch):
         messages += [("assistant", "Quite."), ("user", question)]
         whole = tok.chat(messages)
         assert append and held + ids == whole
-        assert f"{len(ids)} of {len(whole)} tokens read" in report
+        assert f"{len(ids)} of {len(whole)} prompt tokens read in" in report
     seen.clear()
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\nWhy?\n"))
     chat = tok.chat
