@@ -567,16 +567,17 @@ class Decoder:
             if len(stops):
                 token = torch.where(ended, stops[0], token)
                 ended |= (token[:, None] == stops).any(dim=1)
-            # All that the host must know comes with the token, so there is no other wait.
+            # All that the host must know comes with the token, so there is no other wait. -1 says
+            # that the logits were not finite.
             said = torch.where(all_finite(logits), token, -1)
             wait = copy_to_host(torch.stack((said, ended)))  # (2, B)
             ahead = self.graph is not None and i + 1 < n
             if ahead:
                 logits = self.step(token)
-            said, all_ended = wait()
-            need(said.min() >= 0, not_finite(logits))
-            yield said
-            if all_ended.all():
+            token_read, ended_read = wait()
+            need(token_read.min() >= 0, not_finite(logits.dtype))
+            yield token_read
+            if ended_read.all():
                 return
             if not ahead and i + 1 < n:
                 logits = self.step(token)
@@ -612,14 +613,14 @@ def all_finite(logits: torch.Tensor) -> torch.Tensor:
     return logits.abs().amax(dim=-1).isfinite()  # the maximum is NaN if any element is
 
 
-def not_finite(logits: torch.Tensor) -> str:
-    reason = f"its weights are broken, or too large for {logits.dtype}"
+def not_finite(dtype: torch.dtype) -> str:
+    reason = f"its weights are broken, or too large for {dtype}"
     return f"the model's logits are not finite: {reason}"
 
 
 def check_finite(logits: torch.Tensor) -> None:
     """Raises ValueError unless all logits are finite. Waits for the device."""
-    need(all_finite(logits).all(), not_finite(logits))
+    need(all_finite(logits).all(), not_finite(logits.dtype))
 
 
 def check_sampling(
@@ -664,7 +665,7 @@ def sample_token(
     # A race: each token arrives after a random time, exponentially distributed, with its weight as
     # the rate. The chance that it arrives first is its probability.
     times = torch.empty_like(weights).exponential_(generator=generator)  # for rates of 1
-    first = (weights / times).argmax(dim=-1, keepdim=True)  # (B, 1)
+    first = (weights / times).argmax(dim=-1, keepdim=True)  # (B, 1) smallest times / weights
     return ids.gather(1, first).squeeze(1)
 
 

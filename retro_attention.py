@@ -27,10 +27,10 @@ keys and values again.
 `last_loaded` is the paper's exposure mask A (section 2.3), stored as a time: for each KV head and
 page, the position t of the step that last loaded the page. It tells which rows have seen the page.
 The row at position p, as long as it is in the window, takes part in every step from p on, and sees
-each page that those steps load. So at step t it has seen a page exactly if one of the loads lies in
-p .. t-1. Until `select` records this step's load, no load is later than t-1, so the page is new to
-the row exactly if last_loaded < p. One number per page serves all rows. (This needs t to rise by
-exactly one from step to step.)
+each page that those steps load. So at step t it has seen a page exactly if one of the loads, hence
+the last one, lies in p .. t-1. Until `select` records this step's load, no load is later than t-1,
+so the page is new to the row exactly if last_loaded < p. One number per page serves all rows. (This
+needs t to rise by exactly one from step to step.)
 
     An example: step 646 loads page 31, which step 644 loaded last. The rows of a window of four
     are 643 .. 646. Rows 643 and 644 saw the page in step 644: 644 < 643 and 644 < 644 are false.
@@ -120,10 +120,10 @@ class RetroConfig:
 
     def first_window_page(self, t: int) -> int:
         """The first page that the window t-W+1 .. t touches. It and all later pages are always
-        loaded (our choice; the paper leaves it open), for two reasons. First, they hold the newest
-        tokens, whose keys are still being rewritten. Second, they may hold keys later than a past
-        row. Such a key widens the page's bounds, so it would decide whether the row sees the page.
-        A later query may choose pages for the row (that is the method), but a later key must not.
+        loaded (our choice; the paper leaves it open), for two reasons. First, every row should see
+        itself and its neighbours. Second, these pages may hold keys later than a past row. Such a
+        key widens the page's bounds, so it would decide whether the row sees the page. A later
+        query may choose pages for the row (that is the method), but a later key must not.
         """
         return max(0, t - self.window + 1) // self.page_size
 

@@ -347,7 +347,8 @@ def report(
     if not made:
         return ["no tokens"]
     times, tokens = zip(*made, strict=True)
-    # On a GPU the first two decode steps compile and capture, so the pace is that of the rest.
+    # On a GPU the first decode step compiles and captures, and the second may overlap it. So the
+    # pace is that of the rest.
     warm = 3 if len(made) > 2 else 1
     seconds = times[-1] - times[warm - 1]
     pace = "too few to measure the pace"
@@ -529,6 +530,7 @@ def converse(
     need(sys.stdin is not None, "chat: stdin is closed")
     messages = system_message(args)
     length = min(config.max_seq_len, CHAT_TOKENS)
+    config = replace(config, max_seq_len=length)
     print(check_memory(config, retro, 1, length, device, dtype), file=sys.stderr)
     with said_if_slow("reading the weights"):
         model = Llama.from_weights(config, weights, device, dtype)

@@ -98,7 +98,8 @@ class OneLength:
         self.shots = args.shots
         self.tok = tok
         asked = split_questions(args, pairs, draw=0)
-        # The tokens that each example and each prompt's questions add, up to a constant.
+        # A prompt has the tokens that it has without examples, plus the sizes of its examples, plus
+        # a constant.
         self.sizes = [len(self.ids([x], asked[0])) for x in examples]
         first = examples[: args.shots]
         sizes = self.sizes[: args.shots]
@@ -177,8 +178,8 @@ def read_result(text: str) -> float | None:
 
 
 def read_answers(text: str) -> tuple[dict[int, float], list[float | None]]:
-    """The results in an answer to several questions: by the number of the question, wherever it
-    stands, and in their order.
+    """The results in an answer to several questions, in two readings: {number of the question:
+    result}, and a list in the order of the text.
 
     Of several answers to one question, the first with a result counts. What follows may answer a
     question that the model has made up.
@@ -238,7 +239,7 @@ def ask(
         decoder = method.make(model, len(batch), method.retro, length)
         steps = decoder.stream(idx, most, temperature=0, stop_tokens=tok.stop_tokens)
         steps = sample.counted("tokens, at most", steps, most)
-        new = torch.stack(list(steps), dim=1).tolist()  # (B, n)
+        new = torch.stack(list(steps), dim=1).tolist()  # (B, new tokens)
         del decoder, steps  # their memory is for the next batch
         for prompt, ids in zip(batch, new, strict=True):
             ends = [j for j, token in enumerate(ids) if token in tok.stop_tokens]
@@ -287,7 +288,8 @@ def read_records(args: argparse.Namespace) -> tuple[list[dict], int]:
     data = Path(args.out).read_bytes()
     end = data.rfind(b"\n") + 1
     lines = data[:end].splitlines()
-    need(lines and b'"settings"' in lines[0], f"out {args.out}: is not a file of this command")
+    fits = bool(lines) and b'"settings"' in lines[0]
+    need(fits, f"out {args.out}: exists, but not from this command; choose another name")
     records = []
     for line in map(json.loads, lines):
         if "settings" not in line:
@@ -371,13 +373,14 @@ def add_options(add: Callable) -> None:
     add("--control", action="store_true", help=help)
     help = "JSONL with question and answer, which ends in '#### number'"
     add("--questions", required=True, help=help)
-    add("--examples", required=True, help="likewise; its first lines are the worked examples")
+    help = "likewise; its first lines are the worked examples, or with --one_length any lines"
+    add("--examples", required=True, help=help)
     add("--shots", type=integer(0), default=8, help="worked examples per prompt")
     help = "JSONL file of the answers, one line per prompt and method; it may have some already"
     add("--out", required=True, help=help)
     add("--n", type=integer(1), default=5, help="questions per prompt")
     add("--prompts", type=integer(2), default=20, help="prompts")
-    help = "orders of the questions: 0 is the file's, others are random, with other examples"
+    help = "orders of the questions: 0 is the file's, others are random, seeded by their number"
     add("--draws", type=integer(0), nargs="+", default=[0], help=help)
     add("--answer_tokens", type=integer(1), default=256, help="maximum new tokens per question")
     help = "prompts of one length to answer as one batch"

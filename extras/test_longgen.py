@@ -352,7 +352,7 @@ def test_files_of_several_runs_can_be_joined(measure, tmp_path):
     ("--questions {0} --examples {0} --out x --shots 2 --prompts 3 --n 1 --one_length",
      "one_length: no 2 examples make prompt 0 of draw 0 as long as the others"),
     ("--questions LICENSE --examples LICENSE --out README.md",
-     "out README.md: is not a file of this command"),
+     "out README.md: exists, but not from this command"),
     ("--questions {0} --examples {0} --out {0}.answers",
      "out {0}.answers: exists, with n 7 instead of 5"),
     ("--questions LICENSE --examples LICENSE --out no/x", "out no/x: No such file"),
