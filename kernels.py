@@ -62,7 +62,7 @@ def write(q, k, v, cos, sin, cache, t: torch.Tensor) -> torch.Tensor:
     for x in (cos, sin, cache.k, cache.v):
         assert x.is_contiguous(), "angles and cache must be contiguous"
     # q, k and v may be slices of the output of wqkv: row n = b * W + w begins at n * stride.
-    # (If W = 1, stride(1) is arbitrary.)
+    # The kernel takes one stride per tensor. (If W = 1, stride(1) is arbitrary.)
     strides = []
     for x in (q, k, v):
         stride = x.stride(1) if W > 1 else x.stride(0)
@@ -287,9 +287,8 @@ def select_kernel(
     rank = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # (N,)
     rank = tl.where(is_held, tl.where(always, 0xFFFFFFFF, rank), 0).to(tl.uint32)
 
-    # Bisection. `reach_low` >= count ranks reach low, and `reach_high` <= count ranks reach high
-    # (< count, unless only the window's pages are chosen). It ends when exactly `count` ranks reach
-    # low, or when only equal ranks are left.
+    # Bisection. `reach_low` >= count ranks reach low, and `reach_high` <= count ranks reach high.
+    # It ends when exactly `count` ranks reach low, or when only equal ranks are left.
     low = tl.min(tl.where(is_held, rank, 0xFFFFFFFF).to(tl.uint32), axis=0)
     high = tl.max(tl.where(always, 0, rank).to(tl.uint32), axis=0) + 1
     reach_low = t // PS + 1
@@ -343,11 +342,12 @@ def attend(
     n_kv_head, P, ps = cache.k.shape[1:4]
     G = n_head // n_kv_head
     MAX_PAGES = P if pages is None else pages.shape[2]
-    # A tile of keys is what a program has in flight. In float32, a larger one does not fit the
+    # A tile of keys is what a program works on at a time. In float32, a larger one does not fit the
     # registers.
     KEYS = 128 if q.element_size() == 2 else 32
-    # About two programs per multiprocessor (an H100 has 132), but no more splits than a full list
-    # has tiles of keys, and at most 64, because `combine` holds all parts of a row in registers.
+    # The list of pages is split, so that a GPU has about two programs for each of its processors
+    # (an H100 has 132). There are no more splits than a full list has tiles, and at most 64,
+    # because `combine` holds all parts of a row in registers.
     programs = 256 if q.is_cuda else 3  # in the interpreter, enough to have parts to merge
     splits = max(1, min(programs // (B * n_kv_head), triton.cdiv(MAX_PAGES * ps, KEYS), 64))
     o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
@@ -428,7 +428,7 @@ def attend_kernel(
 
     # A row to which nothing is new has acc = 0 and top = -inf, so o = 0 and lse = -inf.
     norm = tl.where(norm > 0, norm, 1.0)
-    # (ROWS,) in (splits, B, W, n_head), of which num_programs(1) * G is B * n_head
+    # (ROWS,) in (splits, B, W, n_head): a split has B * n_kv_head programs with W * G rows each
     part = split.to(tl.int64) * tl.num_programs(1) * W * G + row
     tl.store(o + part[:, None] * HS + i[None, :], acc / norm[:, None], mask=inside[:, None])
     tl.store(lse + part, (top + tl.log2(norm)) / LOG2E, mask=inside)
@@ -447,8 +447,8 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache, t: torch.Tensor) -> torch
         o, lse, cache.out, cache.lse, merged, t, splits, n_head,
         W=W, SPLITS=triton.next_power_of_2(splits), HS=hs, num_warps=max(1, splits // 32),
         # After a reduction every thread holds a copy of the result, and several store theirs to one
-        # address. Fused multiply-adds would make the copies differ in their last bits, and any of
-        # them could win.
+        # address. Fused multiply-adds would make the copies differ in their last bits, so two runs
+        # could differ.
         enable_fp_fusion=False,
     )  # fmt: skip
     return merged

@@ -408,7 +408,7 @@ class Decoder:
 
     `prefill` a prompt, then `step` with each next token; both return the logits of the token that
     follows. Without a prompt the first step takes the text's first token. The model's weights must
-    not move while a decoder lives; their GPU becomes the current one and must stay so.
+    not move while a decoder lives. Their GPU becomes torch's current device and must stay it.
     """
 
     def __init__(
@@ -453,9 +453,9 @@ class Decoder:
         self.t = torch.full((), -1, dtype=torch.long, device=device)  # the newest token's position
         self.position = -1  # the same number on the host; None after a call that failed
         # On a GPU a step is hundreds of short kernels. A CUDA graph launches them at once. Its
-        # input is `token`, its output `newest_logits`. One graph serves all lengths of the text,
-        # because t rises inside it, the kernels read t on the device, and their grids fit a full
-        # cache.
+        # input is `token`, its output `newest_logits`. One graph serves all lengths of the text: t
+        # rises inside it, the kernels read t on the device, and their number of programs is that
+        # for a full cache.
         self.graph = None
         self.token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) the newest
         self.newest_logits = None  # (B, vocab)

@@ -135,8 +135,8 @@ class RetroConfig:
         return min(held, self.pages_allowed(held) + older)
 
     def max_pages_selected(self, P: int) -> int:
-        """An upper bound of `pages_selected` at all positions of a cache of P pages. (A window
-        touches at most (W - 1) / ps pages, rounded up, before its last one.)"""
+        """An upper bound of `pages_selected` at all positions of a cache of P pages. Before its
+        last page, a window touches at most (W - 1) / ps pages, rounded up."""
         return min(P, self.pages_allowed(P) + -(-(self.window - 1) // self.page_size))
 
 
@@ -408,8 +408,8 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
         return merge_by_lse(o, lse)[0].to(cache.k.dtype)
     W = o.shape[2]
     slots = row_positions(t, W) % W  # (W,)
-    # Pop: the row at t-W has left the window, and the newest row takes its slot. The output is
-    # zeroed too, because 0 * inf is NaN.
+    # Pop: the row at t-W has left the window, and the newest row takes its slot. Its output is
+    # zeroed too: if it has overflowed, a weight of 0 would not remove it, because 0 * inf is NaN.
     cache.lse[:, slots[-1]] = -torch.inf
     cache.out[:, slots[-1]] = 0
     o = torch.cat((o, cache.out[None, :, slots]))  # (N + 1, B, W, n_head, hs)
