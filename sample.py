@@ -153,7 +153,7 @@ def kv_share(retro: RetroConfig | None, n_layer: int, steps: range) -> float:
     if retro is None or not steps:
         return 1.0
     held = sum(map(retro.pages_held, steps))
-    # A page's bounds are as large as one token's key and value.
+    # A page's bounds are as large as one token's key and value, 1 / page_size of a page.
     loaded = sum(map(retro.pages_selected, steps)) + held / retro.page_size
     dense = retro.dense_layers
     return (dense * held + (n_layer - dense) * loaded) / (n_layer * held)
@@ -234,11 +234,11 @@ def check_memory(
     n = parameters(model)
     config = model.config
     sparse = config.n_layer - retro.dense_layers
-    vectors = 2 * B * config.n_kv_head * config.head_size * dtype.itemsize  # a key and a value
+    token = 2 * B * config.n_kv_head * config.head_size * dtype.itemsize  # bytes of K and V
     pages = -(-length // retro.page_size)
     weights = n * dtype.itemsize
-    kv = config.n_layer * pages * retro.page_size * vectors
-    bounds = sparse * pages * vectors
+    kv = config.n_layer * pages * retro.page_size * token
+    bounds = sparse * pages * token
     outputs = sparse * B * retro.window * config.n_head * (config.head_size + 1) * 4
     line = (
         f"{n / 1e6:.1f} M parameters in {str(dtype).removeprefix('torch.')}, {size(weights)}; "
@@ -340,10 +340,10 @@ def explained(steps: Iterator[torch.Tensor], device: torch.device) -> Iterator[t
 
 
 def report(
-    decoder: Decoder, prompt_len: int, start: float, made: list[tuple[float, int]], held: int = 0
+    decoder: Decoder, prompt_len: int, start: float, made: list[tuple[float, int]], known: int = 0
 ) -> list[str]:
     """The lines at the end: tokens, pace, pages and KV bytes read. `made`: see `show`; its first
-    step is the prefill. The caches already held the first `held` tokens of the prompt."""
+    step is the prefill. The first `known` tokens of the prompt were in the caches before."""
     if not made:
         return ["no tokens"]
     times, tokens = zip(*made, strict=True)
@@ -358,8 +358,8 @@ def report(
     length = prompt_len + len(made)
     full = ": it is full" if length == context else ""
     prompt = f"prompt of {prompt_len} tokens"
-    if held:
-        prompt = f"{prompt_len - held} of {prompt_len} prompt tokens"
+    if known:
+        prompt = f"{prompt_len - known} of {prompt_len} prompt tokens"
     lines = [
         f"{sum(tokens)} tokens, {pace}, {prompt} read in {times[0] - start:.2f} s; "
         f"context {length} of {context}{full}"
