@@ -360,26 +360,30 @@ def report(
     prompt = f"prompt of {prompt_len} tokens"
     if known:
         prompt = f"{prompt_len - known} of {prompt_len} prompt tokens"
-    lines = [
+    line = (
         f"{sum(tokens)} tokens, {pace}, {prompt} read in {times[0] - start:.2f} s; "
         f"context {length} of {context}{full}"
-    ]
+    )
     # The first token comes out of the prefill, so n tokens took n - 1 decode steps.
     steps = range(prompt_len, prompt_len + len(made) - 1)
+    return [line, *kv_lines(decoder, steps)]
+
+
+def kv_lines(decoder: Decoder, steps: range) -> list[str]:
+    """The lines on the pages and KV bytes that the decode steps at these positions read."""
     if not steps:
-        return lines
+        return []
     retro = decoder.retro
     held = sum(map(retro.pages_held, steps)) / len(steps)
     loaded = sum(map(retro.pages_selected, steps)) / len(steps)
     layers = len(decoder.layers)
     dense = retro.dense_layers
     if dense == layers:
-        return [*lines, f"full attention: all of {held:.1f} pages read"]
+        return [f"full attention: all of {held:.1f} pages read"]
     overall = kv_share(retro, layers, steps)
     share = kv_share(replace(retro, dense_layers=0), layers, steps)
     name = "RetroAttention" if retro.window > 1 else "Quest"
     return [
-        *lines,
         f"{name}, window {retro.window}: {loaded:.1f} of {held:.1f} pages read per step and KV "
         f"head in {layers - dense} sparse layers, {dense} dense",
         f"KV bytes read {overall:.0%} of full attention's "
@@ -530,7 +534,7 @@ def converse(
     need(sys.stdin is not None, "chat: stdin is closed")
     messages = system_message(args)
     length = min(config.max_seq_len, CHAT_TOKENS)
-    config = replace(config, max_seq_len=length)
+    config = replace(config, max_seq_len=length)  # the report shows it as the context
     print(check_memory(config, retro, 1, length, device, dtype), file=sys.stderr)
     with said_if_slow("reading the weights"):
         model = Llama.from_weights(config, weights, device, dtype)
@@ -547,9 +551,9 @@ def converse(
         held = []
         if decoder.position is not None:
             held = decoder.tokens[0, : decoder.position + 1].tolist()
-        append = len(held) > 0 and ids[: len(held)] == held
-        if not append:
+        if ids[: len(held)] != held:
             held = []
+        append = len(held) > 0
         idx = torch.tensor([ids[len(held) :]], device=device)  # (1, T)
         steps = decoder.stream(
             idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens, append=append

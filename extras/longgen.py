@@ -260,9 +260,10 @@ def record_of(
     first = len(prompt.ids)
     steps = range(first, first + len(ids) - 1)  # the prefill made the first token
     share = method.kv_share(method.retro, config.n_layer, steps)
-    pages = sum(t // args.page_size + 1 for t in steps)  # that full attention reads
+    retro = sample.retro_config(args, window=1)
+    pages = sum(map(retro.pages_held, steps))  # that full attention reads
     vectors = 2 * config.n_layer * config.n_kv_head * config.head_size  # of a key and a value
-    nbytes = pages * args.page_size * vectors * model.norm.weight.itemsize
+    nbytes = pages * retro.page_size * vectors * model.norm.weight.itemsize
     text = tok.decode([x for x in ids if x not in tok.stop_tokens])
     return {
         "draw": prompt.draw,
