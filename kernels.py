@@ -1,9 +1,9 @@
-"""The Triton twin of each step of RetroAttention: same names, signatures and order as in
+"""The Triton twin of each op of RetroAttention: same names, signatures and order as in
 `retro_attention.py`.
 
     1. write    grid (B, n_head + n_kv_head)       a program rotates the rows of one head; for a KV
                                                    head it also stores k, v and updates the bounds
-    2. score    grid (B * n_kv_head, blocks of P)  a scan of the page bounds
+    2. score    grid (B * n_kv_head, page blocks)  a scan of the page bounds
     3. select   grid (B * n_kv_head,)              exact top-k in registers, and the exposure mask
     4. attend   grid (splits, B * n_kv_head)       flash attention of W * G rows over a share of the
                                                    selected pages
@@ -20,7 +20,7 @@ program runs on `num_warps` warps of 32 threads, which keep its blocks in regist
 sets how many tiles a loop has in flight. The tutorials "Fused Softmax" and "Fused Attention"
 explain the rest: https://triton-lang.org/main/getting-started/tutorials
 
-"in (B, W)" after a line marks flat indices into a tensor of that shape.
+A comment "in (B, W)" marks flat indices into a tensor of that shape.
 
 Each function, e.g. `write`, checks, allocates and launches the kernel below it, `write_kernel`.
 `cache` is a LayerCache and CONFIG its RetroConfig. Grids and shapes depend on the size of the cache
@@ -41,7 +41,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E); the hardware has exp2
 
-capturable = True  # a CUDA graph can record these steps
+capturable = True  # a CUDA graph can record these ops
 
 
 @triton.jit
@@ -146,9 +146,9 @@ def write_kernel(
                 low_x = tl.min(tl.where(here, x, float("inf")).to(tl.float32), axis=0)
                 high = tl.max(tl.where(earlier, keys, float("-inf")).to(tl.float32), axis=0)
                 high_x = tl.max(tl.where(here, x, float("-inf")).to(tl.float32), axis=0)
-                bound = (head_page + page) * 2 * HS + i  # (HS,)
-                tl.store(bounds + bound, tl.minimum(low, low_x).to(x.dtype))
-                tl.store(bounds + bound + HS, tl.maximum(high, high_x).to(x.dtype))
+                entry = (head_page + page) * 2 * HS + i  # (HS,)
+                tl.store(bounds + entry, tl.minimum(low, low_x).to(x.dtype))
+                tl.store(bounds + entry + HS, tl.maximum(high, high_x).to(x.dtype))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def write_kernel(
 
 
 def score(q: torch.Tensor, cache, t: torch.Tensor) -> torch.Tensor:
-    """Quest's bounds of the newest row, summed over the group -> (B, n_kv_head, P) float32, of
+    """Quest's scores of the newest row, summed over the group -> (B, n_kv_head, P) float32, of
     which only the pages held are written."""
     B, W, n_head, hs = q.shape
     assert q.is_contiguous(), "q must be contiguous"
@@ -279,10 +279,10 @@ def select_kernel(
     always = is_held & (page >= first_window_page(t, CONFIG))  # (N,) always loaded
     before = tl.load(last_loaded + bh * P + page, mask=is_held, other=0)  # (N,)
     x = tl.load(scores + bh * P + page, mask=is_held, other=0.0)  # (N,)
-    x = tl.where(x == x, x, float("inf"))  # a NaN score, e.g. of an infinite key, ranks first
+    x = tl.where(x == x, x, float("inf"))  # a NaN score, e.g. of an infinite key, becomes inf
     # As integers, the bits of positive floats rise with the float, those of negative floats fall.
     # So set the top bit of a positive float, and invert all bits of a negative one. -0.0 counts as
-    # 0.0, and a page that is not held ranks 0.
+    # 0.0; pages not held get rank 0 (lowest).
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)  # (N,)
     rank = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # (N,)
     rank = tl.where(is_held, tl.where(always, 0xFFFFFFFF, rank), 0).to(tl.uint32)
@@ -308,14 +308,14 @@ def select_kernel(
         room = count - reach_high
         chosen = (rank > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
 
-    # A page's place in the list is the number of chosen pages before it: those in its own group of
-    # LANES pages, plus those in earlier groups. One cumsum over all N would pass partial sums
+    # A page's place in the list is the number of chosen pages before it: those in its own chunk of
+    # CHUNK pages, plus those in earlier chunks. One cumsum over all N would pass partial sums
     # through every thread.
-    LANES: tl.constexpr = 32 if N >= 32 else N
-    lanes = chosen.to(tl.int32).reshape(N // LANES, LANES)
-    in_group = tl.sum(lanes, axis=1)  # (N / LANES,)
-    in_earlier_groups = tl.cumsum(in_group, axis=0) - in_group  # (N / LANES,)
-    place = (tl.cumsum(lanes, axis=1) - 1 + in_earlier_groups[:, None]).reshape(N)
+    CHUNK: tl.constexpr = 32 if N >= 32 else N
+    flags = chosen.to(tl.int32).reshape(N // CHUNK, CHUNK)
+    in_chunk = tl.sum(flags, axis=1)  # (N / CHUNK,)
+    in_earlier_chunks = tl.cumsum(in_chunk, axis=0) - in_chunk  # (N / CHUNK,)
+    place = (tl.cumsum(flags, axis=1) - 1 + in_earlier_chunks[:, None]).reshape(N)
 
     tl.store(pages + bh * MAX_PAGES + place, page, mask=chosen)
     tl.store(loaded_before + bh * MAX_PAGES + place, before, mask=chosen)
@@ -345,10 +345,10 @@ def attend(
     # A tile of keys is what a program works on at a time. In float32, a larger one does not fit the
     # registers.
     KEYS = 128 if q.element_size() == 2 else 32
-    # The list of pages is split, so that a GPU has about two programs for each of its processors
+    # The list of pages is split, so that a GPU has about two programs for each multiprocessor
     # (an H100 has 132). There are no more splits than a full list has tiles, and at most 64,
     # because `combine` holds all parts of a row in registers.
-    programs = 256 if q.is_cuda else 3  # in the interpreter, enough to have parts to merge
+    programs = 256 if q.is_cuda else 3  # the interpreter splits only if B * n_kv_head = 1
     splits = max(1, min(programs // (B * n_kv_head), triton.cdiv(MAX_PAGES * ps, KEYS), 64))
     o = torch.empty(splits, B, W, n_head, hs, device=q.device, dtype=torch.float32)
     lse = torch.empty(splits, B, W, n_head, device=q.device, dtype=torch.float32)
@@ -366,7 +366,7 @@ def attend_kernel(
     CONFIG: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, HS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q . K / sqrt(hs)) V and its lse, for the row at p over the keys at j <= p in
-    pages that are new to it, loaded_before < p
+    pages new to it (loaded_before < p)
 
     Grid (splits, B * n_kv_head): a program has all W * G rows of a KV head and a share of its
     pages. Reads each selected page once, heads * count * ps * 2 * hs * e bytes with
@@ -386,9 +386,9 @@ def attend_kernel(
     r = tl.arange(0, ROWS)
     i = tl.arange(0, HS)
     n = tl.arange(0, KEYS)
-    w = r // G  # (ROWS,) window row w and query head h * G + r % G
+    w = r // G  # (ROWS,) window row; query head h * G + r % G
     row = (b * W + w) * n_kv_head * G + h * G + r % G  # (ROWS,) in (B, W, n_head)
-    p = t - W + 1 + w  # (ROWS,) its position
+    p = t - W + 1 + w  # (ROWS,) position of w
     inside = w < W  # (ROWS,)
     queries = tl.load(q + row[:, None] * HS + i[None, :], mask=inside[:, None], other=0.0)
 
@@ -523,11 +523,11 @@ def rms_norm_kernel(x, weight, y, dim, eps, DIM: tl.constexpr):
     the weights.
     """
     i = tl.arange(0, DIM)
-    row = tl.program_id(0).to(tl.int64) * dim
-    values = tl.load(x + row + i, mask=i < dim, other=0.0).to(tl.float32)  # (DIM,)
+    base = tl.program_id(0).to(tl.int64) * dim
+    values = tl.load(x + base + i, mask=i < dim, other=0.0).to(tl.float32)  # (DIM,)
     w = tl.load(weight + i, mask=i < dim, other=0.0).to(tl.float32)  # (DIM,)
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / dim + eps)
-    tl.store(y + row + i, (values * scale * w).to(y.dtype.element_ty), mask=i < dim)
+    tl.store(y + base + i, (values * scale * w).to(y.dtype.element_ty), mask=i < dim)
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -544,7 +544,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 def swiglu_kernel(x, y, n, BLOCK: tl.constexpr):
     """y = gate / (1 + exp(-gate)) * value
 
-    Grid (rows, blocks of n). Reads rows * 2 * n * e bytes, writes half of that.
+    Grid (rows, cdiv(n, BLOCK)). Reads rows * 2 * n * e bytes, writes half.
     """
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)

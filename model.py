@@ -13,7 +13,6 @@ Meta's wq, wk and wv, `w13` stacks w1 and w3; `Llama.weights` splits them again.
 """
 
 import base64
-import copy
 import json
 import math
 import os
@@ -84,8 +83,8 @@ def rope_table(
     config: LlamaConfig, length: int, device: torch.device | str, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin for positions 0 .. length-1, (length, hs / 2) each; with Llama 3.1's scaling if
-    config has it. float32, as the published models were trained, or float64 if the model's `dtype`
-    is float64."""
+    config has it. Their dtype is float32, as in the published models' training, or float64 if
+    `dtype` is."""
     like = {"device": device, "dtype": accumulator(dtype)}
     exponents = torch.arange(0, config.head_size, 2, **like) / config.head_size  # (hs / 2,)
     freqs = 1.0 / float(config.rope_theta) ** exponents
@@ -119,14 +118,14 @@ class Attention(nn.Module):
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        retro: RetroAttention | None = None,
+        state: RetroAttention | None = None,
         t: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x (B, T, dim) -> (B, T, dim), in one of three modes:
 
-        no retro       plain dense attention, no cache, differentiable
-        retro          the same for a prompt, and its keys and values go into the cache
-        retro and t    a decode step: x holds the W rows (T = W) that end at position t
+        no state       plain dense attention, no cache, differentiable
+        state          the same for a prompt, and its keys and values go into the cache
+        state and t    a decode step: x holds the W rows (T = W) that end at position t
         """
         T = x.shape[1]
         qkv = self.wqkv(x).unflatten(-1, (-1, self.hs))  # (B, T, n_head + 2 n_kv_head, hs)
@@ -134,12 +133,12 @@ class Attention(nn.Module):
         q = self.q_norm(q)
         k = self.k_norm(k)
         if t is not None:
-            o = retro.decode(q, k, v, cos, sin, t)  # (B, W, n_head, hs)
+            o = state.decode(q, k, v, cos, sin, t)  # (B, W, n_head, hs)
             return self.wo(o.flatten(2))
         q = apply_rope(q, cos[:T], sin[:T])
         k = apply_rope(k, cos[:T], sin[:T])
-        if retro is not None:
-            retro.prefill(q, k, v)
+        if state is not None:
+            state.prefill(q, k, v)
         # Repeat each KV head for its group. With enable_gqa, torch materialises all scores for
         # some dtypes.
         G = q.shape[2] // k.shape[2]
@@ -183,15 +182,15 @@ class Block(nn.Module):
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        retro: RetroAttention | None = None,
+        state: RetroAttention | None = None,
         t: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B, T, dim) -> (B, T, dim); `retro` and `t` as in `Attention.forward`."""
-        # Without `retro` the model may be training, and only the reference has gradients.
-        ops = retro_attention if retro is None else retro.ops
+        """(B, T, dim) -> (B, T, dim); `state` and `t` as in `Attention.forward`."""
+        # Without `state` the model may train, and only the PyTorch ops have gradients.
+        ops = retro_attention if state is None else state.ops
         a = self.attention_norm
         f = self.ffn_norm
-        x = x + self.attention(ops.rms_norm(x, a.weight, a.eps), cos, sin, retro, t)
+        x = x + self.attention(ops.rms_norm(x, a.weight, a.eps), cos, sin, state, t)
         return x + self.feed_forward(ops.rms_norm(x, f.weight, f.eps), ops)
 
 
@@ -215,14 +214,14 @@ class Llama(nn.Module):
         idx: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        retros: Sequence[RetroAttention | None],
+        states: Sequence[RetroAttention | None],
         t: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B, T) ids -> (B, T, dim) before the final norm. `retros` has one `retro` per layer; it
+        """(B, T) ids -> (B, T, dim) before the final norm. `states` has one `state` per layer; it
         and t are as in `Attention.forward`."""
         x = self.tok_embeddings(idx)  # (B, T, dim)
-        for block, retro in zip(self.layers, retros, strict=True):
-            x = block(x, cos, sin, retro, t)
+        for block, state in zip(self.layers, states, strict=True):
+            x = block(x, cos, sin, state, t)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -408,7 +407,7 @@ class Decoder:
 
     `prefill` a prompt, then `step` with each next token; both return the logits of the token that
     follows. Without a prompt the first step takes the text's first token. The model's weights must
-    not move while a decoder lives. Their GPU becomes torch's current device and must stay it.
+    not move while a decoder lives. Their GPU becomes torch's current device; keep it so.
     """
 
     def __init__(
@@ -453,9 +452,9 @@ class Decoder:
         self.t = torch.full((), -1, dtype=torch.long, device=device)  # the newest token's position
         self.position = -1  # the same number on the host; None after a call that failed
         # On a GPU a step is hundreds of short kernels. A CUDA graph launches them at once. Its
-        # input is `token`, its output `newest_logits`. One graph serves all lengths of the text: t
-        # rises inside it, the kernels read t on the device, and their number of programs is that
-        # for a full cache.
+        # input is `token`, its output `newest_logits`. One graph serves all lengths of the text,
+        # because t rises inside it, the kernels read t on the device, and each grid fits a full
+        # cache.
         self.graph = None
         self.token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) the newest
         self.newest_logits = None  # (B, vocab)
@@ -500,7 +499,7 @@ class Decoder:
         elif self.graph is None:
             logits = self._step()  # compiles the kernels, which a capture cannot do
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records the steps to come; nothing runs, t stays
+            with torch.cuda.graph(graph):  # records one step without running it; t stays
                 self.newest_logits = self._step()
             self.graph = graph
         else:
@@ -519,15 +518,6 @@ class Decoder:
         x = self.model.hidden(self.tokens[:, rows], *self.rope, self.layers, self.t)  # (B, W, dim)
         return self.model.logits(x[:, -1])
 
-    def __deepcopy__(self, memo: dict) -> "Decoder":
-        """A decoder that continues the texts on its own, with the same model and a graph to be
-        captured anew."""
-        twin = copy.copy(self)
-        for name in ("layers", "tokens", "t", "token"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
-        twin.graph = None
-        return twin
-
     def stream(
         self,
         idx: torch.Tensor,
@@ -543,8 +533,8 @@ class Decoder:
         With `append`, idx does not start a text. It is decoded token by token, after the text so
         far.
 
-        With a CUDA graph, the next step is launched before the host reads a token. Otherwise the
-        GPU would be idle meanwhile. So the caches also hold the stop token that ends a text.
+        With a CUDA graph, the next step is launched before the host reads a token, which keeps
+        the GPU busy. So the caches also hold the stop token that ends a text.
         """
         B, T = check_ids(idx)
         start = 0
@@ -567,10 +557,10 @@ class Decoder:
             if len(stops):
                 token = torch.where(ended, stops[0], token)
                 ended |= (token[:, None] == stops).any(dim=1)
-            # All that the host must know comes with the token, so there is no other wait. -1 says
-            # that the logits were not finite.
-            said = torch.where(all_finite(logits), token, -1)
-            wait = copy_to_host(torch.stack((said, ended)))  # (2, B)
+            # One copy brings the host all that it needs, so it waits only once. -1 marks logits
+            # that are not finite.
+            sent = torch.where(all_finite(logits), token, -1)
+            wait = copy_to_host(torch.stack((sent, ended)))  # (2, B)
             ahead = self.graph is not None and i + 1 < n
             if ahead:
                 logits = self.step(token)
@@ -690,8 +680,9 @@ def read_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, torch.Te
 
     Raises ValueError if a file is missing or broken, or the model needs an unsupported feature.
     """
-    if is_hugging_face(folder):
-        config, weights = hugging_face(folder).read_checkpoint(folder)
+    theirs = hugging_face(folder)
+    if theirs:
+        config, weights = theirs.read_checkpoint(folder)
         return LlamaConfig(**config), weights
     path = checkpoint_file(folder, "params.json")
     try:
@@ -703,20 +694,17 @@ def read_checkpoint(folder: str | Path) -> tuple[LlamaConfig, dict[str, torch.Te
     return config_from_params(params, tie_embeddings="output.weight" not in weights), weights
 
 
-def is_hugging_face(folder: str | Path) -> bool:
-    """Whether `folder` has Hugging Face's format, which wins if both are there. Raises
-    ValueError if there is no such folder, or if it has neither format."""
+def hugging_face(folder: str | Path):
+    """The module that reads Hugging Face's format, or None if the folder has only Meta's. Raises
+    ValueError if there is no such folder, it has neither format, or the module is missing."""
     folder = Path(folder)
     reason = "must be a folder" if folder.exists() else "no such folder"
     hint = "download a model's folder first, see the README"
     need(folder.is_dir(), f"checkpoint {folder}: {reason}; {hint}")
-    names = [name for name in ("config.json", "params.json") if (folder / name).is_file()]
-    need(names, f"checkpoint {folder}: has neither params.json nor config.json")
-    return names[0] == "config.json"
-
-
-def hugging_face(folder: str | Path):
-    """The module that reads Hugging Face's format. Raises ValueError if it is missing."""
+    if not (folder / "config.json").is_file():
+        found = (folder / "params.json").is_file()
+        need(found, f"checkpoint {folder}: has neither params.json nor config.json")
+        return None
     try:
         from extras import hugging_face
     except ImportError:
@@ -824,8 +812,9 @@ class Tokenizer:
     def from_checkpoint(folder: str | Path) -> "Tokenizer":
         """The tokenizer of a folder, from Meta's `tokenizer.model` or, with extras/, from Hugging
         Face's files (the class there has the same methods). Raises ValueError if there is none."""
-        if is_hugging_face(folder):
-            return hugging_face(folder).Tokenizer(folder)
+        theirs = hugging_face(folder)
+        if theirs:
+            return theirs.Tokenizer(folder)
         path = checkpoint_file(folder, "tokenizer.model")
         # Not by tiktoken's own loader, which caches by path and would miss changes of the file.
         ranks = {}
@@ -840,21 +829,17 @@ class Tokenizer:
         need(complete, f"{path}: must have ranks 0 .. n-1, and the 256 single bytes as tokens")
         return Tokenizer(ranks)
 
-    def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of `text`; with `bos`, begin_of_text first. Names of special tokens in the text are
-        plain text unless `special`."""
-        encode = self.bpe.encode_ordinary
-        if special:
-            encode = partial(self.bpe.encode, allowed_special="all")
+        plain text."""
         # Cut long runs of spaces, because a million of them overflow the regex engine's stack.
         pieces = re.split(r"(\s{25000})", text)
-        ids = [i for piece in pieces for i in encode(piece)]
+        ids = [i for piece in pieces for i in self.bpe.encode_ordinary(piece)]
         return [self.bos, *ids] if bos else ids
 
-    def chat(self, messages: Sequence[tuple[str, str] | dict[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Ids of a conversation in Llama 3's format, up to where the assistant's turn begins. A
-        message is (role, text) or {"role": role, "content": text}; roles are system (first, if at
-        all), user and assistant.
+        message is (role, text); roles are system (first, if at all), user and assistant.
 
         Raises ValueError for another role.
         """
@@ -862,13 +847,9 @@ class Tokenizer:
         end = self.special["<|end_header_id|>"]
         end_of_turn = self.special["<|eot_id|>"]
         ids = [self.bos]
-        for message in messages:
-            if isinstance(message, dict):
-                message = message.get("role"), message.get("content")
-            role, text = message
+        for role, text in messages:
             known = role in ("system", "user", "assistant")
             need(known, f"a role must be system, user or assistant, not {role!r}")
-            need(isinstance(text, str), f"a message must have a text, not {text!r}")
             ids += [start, *self.encode(role), end]
             ids += [*self.encode("\n\n" + text.strip()), end_of_turn]
         return [*ids, start, *self.encode("assistant"), end, *self.encode("\n\n")]

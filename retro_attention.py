@@ -2,27 +2,27 @@
 
 Sparse decoding reads only the KV pages that matter to the newest query. RetroAttention uses these
 pages once more, for the last few queries, which may not have seen them. It corrects their attention
-outputs. The corrected hidden states travel on, and in the next layer they overwrite stale keys and
-values. So a decode step carries W rows through every layer, the new token and W-1 past ones, and
-each layer does this:
+outputs. The corrected hidden states enter the next layer, and their keys and values overwrite stale
+ones. So a decode step carries W rows through every layer, the new token and W-1 past ones, and each
+layer does this:
 
     1. write    rotate q and k, append the new row's K and V, overwrite those of the past rows,
                 refresh the page bounds                                              (propagation)
     2. score    Quest's bound on q.k for each page                                     (selection)
     3. select   choose each KV head's top pages, look up when each was last loaded
                                                                                (exposure mask A)
-    4. attend   one read of these pages serves all rows: the newest row sees all of them,
-                a past row only those it has never seen                     (supplementary output)
+    4. attend   one read of these pages serves all rows: the newest row attends to all,
+                a past row only to those new to it                          (supplementary output)
     5. combine  merge a past row's supplement into its output so far, by log-sum-exp
                                                              (output cache: pop, update and push)
 
-The functions of the same names below are these steps, and `RetroAttention` calls them in this
-order. `kernels.py` holds a Triton twin of each, with the same signature. W=1 is Quest. A dense
-layer takes steps 1, 4 (over all pages) and 5 (without the output cache).
+The functions of the same names below, the *ops*, are these five steps, and `RetroAttention` calls
+them in this order. `kernels.py` holds a Triton twin of each, with the same signature. W=1 is Quest.
+A dense layer runs ops 1, 4 (over all pages) and 5 (without the output cache).
 
-Each step starts from the past rows' token ids again, so no residual stream is stored. A correction
-in one layer changes the row's input to every layer above, where the new pass computes the row's
-keys and values again.
+Each decode step starts from the past rows' token ids again, so no residual stream is stored. A
+correction in one layer changes the row's input to every layer above, where the new pass computes
+the row's keys and values again.
 
 `last_loaded` is the paper's exposure mask A (section 2.3), stored as a time: for each KV head and
 page, the position t of the step that last loaded the page. It tells which rows have seen the page.
@@ -52,7 +52,6 @@ dense layer reads all K and V (2 (t+1)). The weights come in addition, once for 
 (paper, section 2.5).
 """
 
-import copy
 import importlib.util
 import os
 import sys
@@ -107,11 +106,11 @@ class RetroConfig:
 
     @property
     def min_pages(self) -> int:
-        """Pages that hold min_tokens."""
+        """min_tokens, in whole pages."""
         return -(-self.min_tokens // self.page_size)  # -(-a // b) is a / b rounded up
 
     def pages_held(self, t: int) -> int:
-        """Pages that have tokens once position t is written."""
+        """The number of held pages once t is written."""
         return t // self.page_size + 1
 
     def pages_allowed(self, held: int) -> int:
@@ -121,15 +120,15 @@ class RetroConfig:
     def first_window_page(self, t: int) -> int:
         """The first page that the window t-W+1 .. t touches. It and all later pages are always
         loaded (our choice; the paper leaves it open), for two reasons. First, every row should see
-        itself and its neighbours. Second, these pages may hold keys later than a past row. Such a
-        key widens the page's bounds, so it would decide whether the row sees the page. A later
-        query may choose pages for the row (that is the method), but a later key must not.
+        itself and its neighbours. Second, these pages may hold keys of positions after a past row,
+        and such a key can raise the page's score. Later queries may decide which pages the row sees
+        (that is the method), but later keys must not.
         """
         return max(0, t - self.window + 1) // self.page_size
 
     def pages_selected(self, t: int) -> int:
-        """Pages that a KV head loads at position t: those allowed, plus the window's pages before
-        the last page (so that these displace no other page), at most all pages held."""
+        """How many pages a KV head loads at position t: those allowed, plus the window's pages
+        before the last page (so that they displace no others), at most all pages held."""
         held = self.pages_held(t)
         older = held - 1 - self.first_window_page(t)
         return min(held, self.pages_allowed(held) + older)
@@ -264,12 +263,11 @@ def page_bounds(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def score(q: torch.Tensor, cache: LayerCache, t: torch.Tensor) -> torch.Tensor:
-    """Quest's bound sum_i max(q_i * min_i, q_i * max_i) of the newest row for each page, summed
+    """Quest's score sum_i max(q_i * min_i, q_i * max_i) of the newest row for each page, summed
     over the query heads g of a KV head.
 
-    Each head's bound is never below its largest q.k in the page. Their sum (our choice) bounds no
-    single head; it only orders the pages. With a = min_i <= b = max_i, the queries can be summed
-    first:
+    A head's score is an upper bound on its q.k in the page. The sum (our choice) bounds no head's
+    q.k; it only orders the pages. With a = min_i <= b = max_i, the queries can be summed first:
 
         sum_g max(q_g a, q_g b) = a sum_g min(q_g, 0) + b sum_g max(q_g, 0)
 
@@ -400,7 +398,7 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
 
     In the first sparse layer a row's q, k and v are the same at every step, so the result is exact
     attention over the union of the pages that the row has seen. In the layers above, a supplement
-    uses the row's corrected query (our choice), and the cached output keeps what older queries saw.
+    uses the row's corrected query (our choice), but the cached output is from its earlier queries.
     Parts of different queries can still be merged, because each is normalised over its own keys
     and its lse is its weight.
     """
@@ -500,23 +498,17 @@ class RetroAttention:
             need(found == shape, f"{name} must have shape {shape}, {what}, not {found}")
         need(isinstance(t, torch.Tensor), f"t must be a 0-dim int64 tensor, not {type(t)}")
 
-    def __deepcopy__(self, memo: dict) -> "RetroAttention":
-        """A layer with a cache of its own; `ops`, which has no state of the text, is shared."""
-        twin = copy.copy(self)
-        twin.cache = copy.deepcopy(self.cache, memo)
-        return twin
-
 
 class OpsWrapper:
-    """Wraps the steps of a sparse layer to watch, count or replace them:
+    """Wraps the ops of a sparse layer to watch, count or replace them:
 
         layer.ops = MyWrapper(layer.ops)
 
-    A subclass overrides the steps that it is about and calls them in `self.ops`; everything else
-    passes through. Prefill calls `attend` with pages=None; a subclass with a state resets it there.
-    A subclass that reads the position on the host, e.g. by int(t), sets `capturable = False`; the
-    decoder then runs its steps without a CUDA graph. Wrap before the first step, because a
-    captured graph keeps the steps that it was captured with.
+    A subclass overrides some ops and calls the originals in `self.ops`; everything else passes
+    through. Prefill calls `attend` with pages=None; a subclass with a state resets it there. A
+    subclass that reads the position on the host, e.g. by int(t), sets `capturable = False`; the
+    decoder then steps without a CUDA graph. Wrap before the first step, because a captured graph
+    keeps the ops that it was captured with.
     """
 
     def __init__(self, ops):
@@ -544,7 +536,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------
 # Which implementation runs
 
-capturable = False  # the steps above read t on the host, which a CUDA graph cannot record
+capturable = False  # the ops above read t on the host, which a CUDA graph cannot record
 
 
 def implementation(

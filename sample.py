@@ -251,7 +251,7 @@ def check_memory(
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = weights + kv + bounds + outputs <= available
-    need(fits, f"{line}: more than the {size(available)} of {device}")
+    need(fits, f"{device} has only {size(available)} for {line}")
     return line
 
 
@@ -264,9 +264,9 @@ class TextStream:
 
     A token cannot be decoded by itself, because a character may be spread over several tokens
     (byte-level BPE), and decoding may drop the space in front of the first token (SentencePiece).
-    So a token is decoded together with those before it, ids[a:b], whose text is printed already,
+    So a token is decoded together with those before it, ids[a:b], whose text was returned,
     and the difference is new. While the end is U+FFFD the character is incomplete, and nothing is
-    printed. Only the latest few tokens are decoded, however long the text is.
+    returned. Only the latest few tokens are decoded, however long the text is.
     """
 
     def __init__(self, tok: Tokenizer, prompt: list[int]):
@@ -286,9 +286,9 @@ class TextStream:
         return "" if incomplete else self.flush()
 
     def flush(self) -> str:
-        """What is not printed yet, complete or not."""
-        printed = self.decode(self.ids[self.a : self.b])
-        new = self.decode(self.ids[self.a :])[len(printed) :]
+        """What is not returned yet, complete or not."""
+        before = self.decode(self.ids[self.a : self.b])
+        new = self.decode(self.ids[self.a :])[len(before) :]
         if new:
             self.a = self.b
             self.b = len(self.ids)
@@ -297,18 +297,18 @@ class TextStream:
 
 
 def show(
-    prompt: str, steps: Iterator[torch.Tensor], texts: list[TextStream], stop_tokens: list[int]
+    prompt: str, stream: Iterator[torch.Tensor], texts: list[TextStream], stop_tokens: list[int]
 ) -> tuple[int, list[tuple[float, int]]]:
     """Prints the first text while it grows, and any others at the end.
 
-    Returns the exit code, and for each step its time and the number of tokens it made. (A text
+    Returns the exit code, and for each step when it ended and how many tokens it made. (A text
     that has ended makes none.)
     """
     code = 0
     made = []
     try:
         print(prompt, end="", flush=True)
-        for tokens in steps:
+        for tokens in stream:
             pairs = zip(texts, tokens.tolist(), strict=True)
             growing = [(text, token) for text, token in pairs if token not in stop_tokens]
             made.append((time.perf_counter(), len(growing)))
@@ -325,25 +325,25 @@ def show(
     return code, made
 
 
-def explained(steps: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """Yields the steps. On a GPU, prints what the first two wait for."""
+def explained(stream: Iterator[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """Yields `stream`, and on a GPU prints why step 1 or 2 is slow."""
     reasons = []
     if device.type == "cuda":
         reasons = ["reading the prompt", "compiling the kernels, which Triton keeps on disk"]
     for reason in reasons:
         with said_if_slow(reason):
-            tokens = next(steps, None)
+            tokens = next(stream, None)
         if tokens is None:
             return
         yield tokens
-    yield from steps
+    yield from stream
 
 
 def report(
-    decoder: Decoder, prompt_len: int, start: float, made: list[tuple[float, int]], known: int = 0
+    decoder: Decoder, prompt_len: int, start: float, made: list[tuple[float, int]], cached: int = 0
 ) -> list[str]:
     """The lines at the end: tokens, pace, pages and KV bytes read. `made`: see `show`; its first
-    step is the prefill. The first `known` tokens of the prompt were in the caches before."""
+    step is the prefill. The first `cached` prompt tokens were in the caches before."""
     if not made:
         return ["no tokens"]
     times, tokens = zip(*made, strict=True)
@@ -358,8 +358,8 @@ def report(
     length = prompt_len + len(made)
     full = ": it is full" if length == context else ""
     prompt = f"prompt of {prompt_len} tokens"
-    if known:
-        prompt = f"{prompt_len - known} of {prompt_len} prompt tokens"
+    if cached:
+        prompt = f"{prompt_len - cached} of {prompt_len} prompt tokens"
     line = (
         f"{sum(tokens)} tokens, {pace}, {prompt} read in {times[0] - start:.2f} s; "
         f"context {length} of {context}{full}"
@@ -414,9 +414,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1337, help="same seed, same text")
     methods = ["retro", "quest", "full"]
     add("--attention", choices=methods, default="retro", help="quest is retro with a window of 1")
-    add("--window", type=int, default=retro.window, help="rows of a step: the paper's w")
+    add("--window", type=int, default=retro.window, help="the paper's w: a step revises w-1 tokens")
     add_model_options(add, retro)
-    add("--trace", default=None, metavar="FILE.html", help="write a page that shows each step")
+    add("--trace", default=None, metavar="FILE.html", help="HTML file that shows each step")
     return parser.parse_args(argv)
 
 
@@ -484,17 +484,17 @@ def run(args: argparse.Namespace) -> int:
     # The model
     with said_if_slow("reading the weights"):
         model = Llama.from_weights(config, weights, device, dtype)
-    count_layers(model)
+    watch_layers(model)
     decoder = Decoder(model, B, retro, max_seq_len=length)
     recorder = trace_viewer().Recorder(decoder, tok, len(ids), trace) if trace else None
     print(memory, file=sys.stderr)
 
     # The text
     idx = torch.tensor([ids] * B, device=device)  # (B, T)
-    steps = decoder.stream(idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens)
+    stream = decoder.stream(idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens)
     texts = [TextStream(tok, ids) for _ in range(B)]
     start = time.perf_counter()
-    code, made = show(prompt, explained(steps, device), texts, tok.stop_tokens)
+    code, made = show(prompt, explained(stream, device), texts, tok.stop_tokens)
 
     # The report
     lines = report(decoder, len(ids), start, made)
@@ -504,7 +504,7 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def count_layers(model: Llama) -> None:
+def watch_layers(model: Llama) -> None:
     """Prints progress while a long prompt passes through the layers."""
     progress = Progress("prompt, layers", len(model.layers))
 
@@ -555,12 +555,12 @@ def converse(
             held = []
         append = len(held) > 0
         idx = torch.tensor([ids[len(held) :]], device=device)  # (1, T)
-        steps = decoder.stream(
+        stream = decoder.stream(
             idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens, append=append
         )
         text = TextStream(tok, ids)
         start = time.perf_counter()
-        _, made = show("", explained(steps, device), [text], tok.stop_tokens)
+        _, made = show("", explained(stream, device), [text], tok.stop_tokens)
         messages.append(("assistant", text.text))
         line = report(decoder, len(ids), start, made, len(held))[0]
         print(f"[{line}]", file=sys.stderr)

@@ -591,20 +591,6 @@ def test_a_failed_call_leaves_no_gap():
     assert torch.equal(decoder.step(tokens[:, 20]), expected[:, 1])
 
 
-def test_a_copy_of_a_decoder_goes_on_alone():
-    """copy.deepcopy is the usual way to continue a prompt in several ways. The copy shares the
-    model and nothing else."""
-    model = random_model()
-    tokens = random_tokens(2, 40)
-    expected, _ = decode(model, SPARSE, tokens, 20)
-    decoder, _ = start(model, SPARSE, tokens, 20)
-    twin = copy.deepcopy(decoder)
-    assert twin.model is model
-    for i in range(20, 40):
-        decoder.step(tokens[:, i].flip(0))
-        assert torch.equal(twin.step(tokens[:, i]), expected[:, i - 19])
-
-
 @pytest.mark.parametrize("name, message", [
     ("rows", r"q must have shape \(2, 4, 6, 32\), .* not \(2, 1, 6, 32\)"),
     ("batch", r"q must have shape .* not \(1, 4, 6, 32\)"),
@@ -1538,16 +1524,15 @@ def write_tokenizer(folder, change=lambda lines: lines):
 
 
 def test_tokenizer(tmp_path):
-    """Round trip of any text, merges by rank, special tokens only on request, Llama 3.1's order of
+    """Round trip of any text, merges by rank, no special token from a text, Llama 3.1's order of
     stop tokens."""
     tok = Tokenizer.from_checkpoint(write_checkpoint_and_tokenizer(tmp_path))
     texts = ["", "the other", "Ünïcødé 你好 🙂\r\n\t 1234  x", "<|end_of_text|> the"]
     # A million spaces would overflow the stack of the regular expression that splits a text.
     for text in [*texts, "a" + " " * 1_000_000 + "the"]:
-        for special in (False, True):
-            ids = tok.encode(text, bos=True, special=special)
-            assert ids[0] == tok.bos == 260 and tok.decode(ids[1:]) == text
-            assert (261 in ids) == (special and "end_of_text" in text)
+        ids = tok.encode(text, bos=True)
+        assert ids[0] == tok.bos == 260 and tok.decode(ids[1:]) == text
+        assert max(ids[1:], default=0) < 260, "a special token"
     assert tok.encode("the the") == [258, 259] and tok.decode([0xE4]) == "\ufffd"
     assert tok.vocab_size == 260 + 256
     assert tok.stop_tokens == [261, 268, 269]  # 128001, 128008 and 128009 in Llama 3.1
@@ -1561,10 +1546,7 @@ def test_chat(tmp_path):
     assistant = turn.format("assistant", "so<|eot_id|>")
     text = "<|begin_of_text|>" + user + assistant + user + turn.format("assistant", "")
     conversation = [("user", " the?\n"), ("assistant", "so"), ("user", "the?")]  # ends are stripped
-    assert tok.chat(conversation) == tok.encode(text, special=True)
-    dictionaries = [{"role": role, "content": said} for role, said in conversation]
-    assert tok.chat(dictionaries) == tok.chat(conversation)
-    refused(lambda: tok.chat([{"role": "user"}]), "a message must have a text, not None")
+    assert tok.chat(conversation) == tok.bpe.encode(text, allowed_special="all")
     assert tok.chat([("user", "<|eot_id|>")]).count(tok.special["<|eot_id|>"]) == 1
     message = "a role must be system, user or assistant, not 'tool'"
     refused(lambda: tok.chat([("tool", "the?")]), message)
@@ -2111,11 +2093,11 @@ def test_what_does_not_fit_is_refused_before_loading(capsys, monkeypatch, unload
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": total, "SC_PAGE_SIZE": 1}.get)
     check()
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": total - 1, "SC_PAGE_SIZE": 1}.get)
-    refused(check, "more than the .* of cpu")
+    refused(check, "cpu has only .* for")
     pages = {"SC_PHYS_PAGES": 20_150, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", pages.get)
     result = command(capsys, "--max_new_tokens 4000 --num_samples 9")
-    refused_in_a_line(result, "more than the 82.5 MB of cpu")
+    refused_in_a_line(result, "cpu has only 82.5 MB for")
 
 
 def test_a_small_model_takes_one_thread_unless_the_user_sets_the_number(monkeypatch):
@@ -2242,7 +2224,7 @@ def test_progress_has_a_count_and_an_estimate(capsys, monkeypatch):
     assert lines == ["x: 3 of 8, about 20 s left", "x: 6 of 8, about 8 s left"]
     model = Llama.from_checkpoint(TINY)
     clock = iter([0, *range(4, 400, 4)])
-    sample.count_layers(model)
+    sample.watch_layers(model)
     model.generate(random_tokens(1, 9), 3)
     assert capsys.readouterr().err.count("prompt, layers: ") == 3
 

@@ -3,9 +3,10 @@
     python -m extras.figures exposure --text book.txt > exposure.txt
     python bench.py quality --text book.txt > quality.txt
     python -m extras.figures picture --quality quality.txt --exposure exposure.txt
+    python -m extras.figures answers --answers longgen-15.txt longgen-30.txt
 
-`exposure` prints tables, and all numbers as JSON in the last line, as bench.py does; `picture`
-draws from such saved outputs, and needs matplotlib.
+`exposure` prints tables, and all numbers as JSON in the last line, as bench.py does; `picture` and
+`answers` draw from such saved outputs, and need matplotlib.
 
 A page's rank at a step is its place, from 0, in the order in which Quest would take the pages.
 Shapes as in bench.py.
@@ -168,24 +169,31 @@ def read_record(path: str, command: str) -> dict:
     return record
 
 
-def read_quality(path: str) -> tuple[str, list[float], dict[str, tuple]]:
-    """The title, the middles of the text's parts, and for Quest and each window the KL and its
-    standard error by part. Raises ValueError if the file lacks any of it."""
-    record = read_record(path, "quality")
+def read_panel(path: str, command: str) -> tuple[str, list[float], dict[str, tuple]]:
+    """A saved output of quality, or of longgen: a title, the middles of the text's parts, and for
+    each method that is drawn, its means by part and their standard errors. They are the KL of
+    Quest and each window, or the share of right answers. Raises ValueError if the file lacks any
+    of it."""
+    record = read_record(path, command)
     lines = {}
     try:
-        title = "budget {budget:g}, at least {min_tokens} tokens".format(**record["arguments"])
-        ends = record["results"]["positions"]
+        arguments, results = record["arguments"], record["results"]
+        if command == "quality":
+            title = "budget {budget:g}, at least {min_tokens} tokens".format(**arguments)
+            ends, rows, key = results["positions"], results["rows"], "kl"
+        else:
+            title = "{n} questions, budget {budget:g}".format(**arguments)
+            ends, rows, key = bench.part_ends(arguments["n"]), results, "right"
         middles = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
-        for name, row in record["results"]["rows"].items():
-            if re.fullmatch(r"Quest|W=\d+", name):
-                kl = [float(x) for x in row["kl"]["by_position"]]
-                error = [float(x) for x in row["kl"]["errors"]]
-                lines[name] = (kl, error)
+        for name, row in rows.items():
+            if command == "longgen" or re.fullmatch(r"Quest|W=\d+", name):  # no full, no control
+                mean = [float(x) for x in row[key]["by_position"]]
+                error = [float(x) for x in row[key]["errors"]]
+                lines[name] = (mean, error)
         complete = all(len(x) == len(middles) for line in lines.values() for x in line)
     except (KeyError, TypeError, ValueError, AttributeError):
         complete = False
-    need(lines and complete, f"{path}: its JSON has no KL by position for Quest and the windows")
+    need(lines and complete, f"{path}: its JSON lacks the methods' values by position")
     return title, middles, lines
 
 
@@ -208,15 +216,15 @@ def check_out(path: str) -> None:
     sample.check_writable("out", path)
 
 
-def draw_quality(axis, title: str, middles: list[float], lines: dict, styles: dict) -> dict:
-    """Draws the KL of each method with a band of two standard errors. Returns name -> line."""
-    axis.set(xlabel="tokens decoded", title=title)
+def draw_panel(axis, title: str, middles: list[float], lines: dict, styles: dict) -> dict:
+    """Draws each method's means with a band of two standard errors. Returns name -> line."""
+    axis.set_title(title)
     handles = {}
-    for name, (kl, error) in lines.items():
+    for name, (mean, error) in lines.items():
         colour, marker = styles[name]
-        handles[name] = axis.plot(middles, kl, marker=marker, color=colour, label=name)[0]
-        low = [x - 2 * e for x, e in zip(kl, error, strict=True)]
-        high = [x + 2 * e for x, e in zip(kl, error, strict=True)]
+        handles[name] = axis.plot(middles, mean, marker=marker, color=colour, label=name)[0]
+        low = [x - 2 * e for x, e in zip(mean, error, strict=True)]
+        high = [x + 2 * e for x, e in zip(mean, error, strict=True)]
         axis.fill_between(middles, low, high, color=colour, alpha=0.1, linewidth=0)
     return handles
 
@@ -231,45 +239,59 @@ def draw_exposure(axis, exposures: dict[int, float]) -> None:
     axis.set(xlabel="window W (1 is Quest)", title="pages seen / pages selected", xticks=windows)
 
 
-def draw(panels: list[tuple], exposures: dict[int, float]):
-    """The figure: a panel for each file of quality, all on one scale, and one for the exposure."""
+def draw(panels: list[tuple], xlabel: str, ylabel: str, exposures: dict | None = None):
+    """The figure: a panel for each file, all on one scale, and one for the exposure, if given."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
     plain = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     style.use(["seaborn-v0_8-colorblind", plain])
-    n = len(panels)
-    figure = Figure(figsize=(3.8 * n + 3, 3.8), layout="constrained", dpi=150)
-    *axes, last = figure.subplots(1, n + 1)
+    n = len(panels) + (exposures is not None)
+    figure = Figure(figsize=(3.8 * n, 3.8), layout="constrained", dpi=150)
+    axes = figure.subplots(1, n, squeeze=False)[0]
     # A method looks the same in all panels.
     names = list(dict.fromkeys(name for _, _, lines in panels for name in lines))
     markers = itertools.cycle("osD^vPX")
     styles = {name: (f"C{i}", next(markers)) for i, name in enumerate(names)}
     handles = {}
-    for axis, panel in zip(axes, panels, strict=True):
-        handles |= draw_quality(axis, *panel, styles)
-    draw_exposure(last, exposures)
-    top = max(axis.get_ylim()[1] for axis in axes)
-    for axis in axes:
-        axis.set_ylim(0, top)
-    axes[0].set_ylabel("KL to full attention, nats per token")
+    for axis, panel in zip(axes, panels, strict=False):
+        handles |= draw_panel(axis, *panel, styles)
+    top = max(axis.get_ylim()[1] for axis in axes[: len(panels)])
+    for axis in axes[: len(panels)]:
+        axis.set(xlabel=xlabel, ylim=(0, top))
+    axes[0].set_ylabel(ylabel)
+    if exposures is not None:
+        draw_exposure(axes[-1], exposures)
     options = {"frameon": False, "loc": "outside lower center", "ncols": 8}
     figure.legend([handles[name] for name in names], names, **options)
     return figure
 
 
-def picture(args: argparse.Namespace) -> dict:
-    """Draws saved outputs of quality, a panel each, and of exposure (needs matplotlib)."""
-    check_out(args.out)
-    panels = [read_quality(path) for path in args.quality]
-    exposures = read_exposure(args.exposure)
+def save(path: str, *drawn) -> dict:
+    """Draws, and writes the figure. A failure leaves an existing file as it is."""
     installed = importlib.util.find_spec("matplotlib")
     need(installed, "matplotlib is not installed: pip install matplotlib")
-    image = io.BytesIO()  # so that a failure leaves an existing file as it is
-    draw(panels, exposures).savefig(image, format=Path(args.out).suffix[1:])
-    Path(args.out).write_bytes(image.getvalue())
-    print(f"{args.out} written")
-    return {"file": args.out}
+    image = io.BytesIO()
+    draw(*drawn).savefig(image, format=Path(path).suffix[1:])
+    Path(path).write_bytes(image.getvalue())
+    print(f"{path} written")
+    return {"file": path}
+
+
+def picture(args: argparse.Namespace) -> dict:
+    """Draws saved outputs of quality, a panel each, and one of exposure (needs matplotlib)."""
+    check_out(args.out)
+    panels = [read_panel(path, "quality") for path in args.quality]
+    exposures = read_exposure(args.exposure)
+    ylabel = "KL to full attention, nats per token"
+    return save(args.out, panels, "tokens decoded", ylabel, exposures)
+
+
+def answers(args: argparse.Namespace) -> dict:
+    """Draws saved outputs of extras.longgen, a panel each (needs matplotlib)."""
+    check_out(args.out)
+    panels = [read_panel(path, "longgen") for path in args.answers]
+    return save(args.out, panels, "question", "share of right answers")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,12 +310,19 @@ def picture_options(add: Callable) -> None:
     add("--out", default="quality.png", help="file to write, .png, .svg or .pdf")
 
 
+def answers_options(add: Callable) -> None:
+    help = "saved outputs of extras.longgen, one panel each"
+    add("--answers", required=True, nargs="+", metavar="FILE", help=help)
+    add("--out", default="answers.png", help="file to write, .png, .svg or .pdf")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = sample.Parser(prog="extras.figures", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     bench.add_command(commands, exposure, exposure_options)
     bench.add_command(commands, picture, picture_options, device="cpu")
+    bench.add_command(commands, answers, answers_options, device="cpu")
     return parser.parse_args(argv)
 
 

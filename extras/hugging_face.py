@@ -272,7 +272,7 @@ class Tokenizer:
                 text, add_special_tokens=bos, split_special_tokens=not special
             )
 
-    def chat(self, messages: Sequence[tuple[str, str] | dict[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Ids of a conversation by the checkpoint's template, up to where the assistant's turn
         begins. Messages and roles are as in `model.Tokenizer.chat`.
 
@@ -280,18 +280,14 @@ class Tokenizer:
         """
         return self.render(messages, add_generation_prompt=True)
 
-    def render(self, messages: Sequence[tuple[str, str] | dict], **options) -> list[int] | str:
-        said = []
-        for message in messages:
-            if isinstance(message, dict):
-                message = message.get("role"), message.get("content")
-            role, text = message
+    def render(self, messages: Sequence[tuple[str, str]], **options) -> list[int] | str:
+        turns = []
+        for role, text in messages:
             known = role in ("system", "user", "assistant")
             need(known, f"a role must be system, user or assistant, not {role!r}")
-            need(isinstance(text, str), f"a message must have a text, not {text!r}")
-            said.append({"role": role, "content": text})
+            turns.append({"role": role, "content": text})
         with one_line(f"checkpoint {self.folder}: chat template"):  # it may raise its own errors
-            return self.tokenizer.apply_chat_template(said, return_dict=False, **options)
+            return self.tokenizer.apply_chat_template(turns, return_dict=False, **options)
 
     def end_of_turn(self) -> list[int]:
         """The special token that the chat template puts after an assistant's turn, if any."""

@@ -253,7 +253,7 @@ def test_a_method_looks_the_same_in_all_panels():
     line = ([0.1, 0.2], [0.01, 0.01])
     first = ("", [1, 2], {"Quest": line, "W=2": line, "W=8": line})
     second = ("", [1, 2], {"Quest": line, "W=8": line, "W=16": line})
-    figure = figures.draw([first, second], {1: 1.0, 8: 1.5})
+    figure = figures.draw([first, second], "x", "y", {1: 1.0, 8: 1.5})
     looks = []
     for axis in figure.axes[:2]:
         looks.append({x.get_label(): (x.get_color(), x.get_marker()) for x in axis.lines})
@@ -261,6 +261,34 @@ def test_a_method_looks_the_same_in_all_panels():
     assert len({*looks[0].values(), *looks[1].values()}) == 4
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
     assert len(figure.legends[0].get_texts()) == 4
+
+
+def test_answers_draws_all_methods_of_longgen(monkeypatch, tmp_path):
+    """A part is one of the 3 questions. Guards against a panel that leaves out full attention or
+    the control, or a record without answers."""
+    pytest.importorskip("matplotlib")
+    names = ["full", "Quest", "W=8", "W=8 not looking back"]
+    rows = {}
+    for i, name in enumerate(names):
+        rows[name] = {"right": {"by_position": [0.1 * i, 0.2, 0.3], "errors": [0.01] * 3}}
+    arguments = {"n": 3, "budget": 0.15}
+    record = {"command": "longgen", "arguments": arguments, "results": rows}
+    path = tmp_path / "answers"
+    path.write_text(json.dumps(record))
+    drawn = []
+    draw = figures.draw
+    monkeypatch.setattr(figures, "draw", lambda *args: drawn.append(draw(*args)) or drawn[0])
+    options = ["answers", "--out", str(tmp_path / "x.png"), "--answers", str(path)]
+    assert figures.main(options) == 0
+    (axis,) = drawn[0].axes
+    assert axis.get_title() == "3 questions, budget 0.15"
+    assert [line.get_label() for line in axis.lines] == names
+    for i, line in enumerate(axis.lines):
+        assert list(line.get_ydata()) == pytest.approx([0.1 * i, 0.2, 0.3])
+        assert list(line.get_xdata()) == [0.5, 1.5, 2.5]
+    del rows["W=8"]["right"]
+    path.write_text(json.dumps(record))
+    assert figures.main(options) == 2
 
 
 @pytest.mark.parametrize("args, message", [
