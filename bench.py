@@ -131,7 +131,7 @@ def not_looking_back(model: Llama, B: int, retro: RetroConfig, length: int) -> D
 
 @dataclass
 class Method:
-    """A row of the table: how to decode, and which part of the KV bytes that reads."""
+    """A row of the table: how to decode, and the share of the KV bytes read."""
 
     retro: RetroConfig | None  # None is full attention
     make: Callable[..., Decoder] = counting  # (model, B, retro, length) -> Decoder
@@ -381,10 +381,10 @@ def layer_bytes(
     """Bytes that a layer must read (paper, section 2.5, Eqs. 3-5); an element has `size` bytes.
     "four" is the limit of the kernels after `write`: the bounds of the pages held, and K and V of
     the pages selected."""
-    vectors = 2 * B * shape.n_kv_head * shape.head_size * size  # a key and a value, or two bounds
-    score = retro.pages_held(context - 1) * vectors
-    attend = retro.pages_selected(context - 1) * retro.page_size * vectors
-    dense = context * vectors
+    pair = 2 * B * shape.n_kv_head * shape.head_size * size  # bytes of K and V, or of bounds
+    score = retro.pages_held(context - 1) * pair
+    attend = retro.pages_selected(context - 1) * retro.page_size * pair
+    dense = context * pair
     return {"score": score, "attend": attend, "four": score + attend, "dense": dense}
 
 
@@ -623,7 +623,7 @@ def decode(args: argparse.Namespace, more: dict[str, Callable] | None = None) ->
         rows |= found
     forms = {"ms": ".3f", "bytes": ".3g", "share": ".0%", "full/this": ".2f", "this/Quest": ".3f"}
     title = """Milliseconds per step of the batch; ms/token: with sampling (.8, top_p .95).
-Share: the time that the step's bytes need, divided by the step's."""
+Share: the part of ms that reading the step's bytes takes at best."""
     table(title, rows, {"ms": ".3f", "ms/token": ".3f"} | forms)
     return {"memory_rate": rates, "rows": list(rows.values())}
 
@@ -671,7 +671,7 @@ def text_options(add: Callable, passages: int, least: int, length: int) -> None:
 
 def quality_options(add: Callable) -> None:
     text_options(add, passages=8, least=2, length=96)
-    help = "add to each window as many pages without looking back"
+    help = "add, for each window, Quest with as many pages"
     add("--control", action="store_true", help=help)
 
 
@@ -681,7 +681,7 @@ def speed_options(add: Callable, settings: list[tuple[int, int]], windows: list[
     if not gpu:
         settings = [(1024, 1), (4096, 1)]
     shapes = list(SHAPES) if gpu else ["tiny"]
-    add("--shape", choices=shapes, default=shapes[0], help="a Llama's shape, or that of tiny/")
+    add("--shape", choices=shapes, default=shapes[0], help="the model whose shape to measure")
     help = "CONTEXTxBATCH, e.g. 32768x8"
     add("--settings", type=setting, nargs="+", default=settings, help=help)
     add("--windows", type=at_least(1), nargs="+", default=windows, help="windows to measure")

@@ -571,7 +571,7 @@ def test_a_second_prompt_starts_afresh():
     assert decoder.layers[1].cache.out.isfinite().all()
 
 
-def test_a_failed_call_leaves_no_gap():
+def test_a_failed_step_needs_prefill():
     """An id out of range changes nothing. A step that fails inside may have written into some
     layers, so the decoder refuses to go on until the next prefill."""
     model = random_model()
@@ -1083,7 +1083,7 @@ def test_a_step_launched_ahead_changes_no_text():
 
 @needs_gpu
 def test_a_wrapper_through_the_kernels():
-    """In a CUDA graph, the state of the control and of the count of exposure must stay in place."""
+    """The control and the count of exposure give the same with a CUDA graph and without."""
     tokens = random_tokens(2, 90).cuda()
     model = random_model().float().cuda()
     logits = []
@@ -1200,7 +1200,7 @@ def test_a_cache_beyond_32_bit_offsets(monkeypatch):
 @pytest.mark.parametrize("window, n_head, message", [
     (32, 8, None), (43, 6, "at most 128, not 129"), (129, 2, "at most 128, not 129"),
 ])  # fmt: skip
-def test_the_rows_of_a_kv_head_are_those_of_its_whole_group(monkeypatch, window, n_head, message):
+def test_triton_counts_all_query_rows_of_a_kv_head(monkeypatch, window, n_head, message):
     """Triton takes at most 128 query rows: the window times the query heads of a KV head. There are
     two KV heads here. Guards against a group that is left out, or all heads instead."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -1340,7 +1340,7 @@ def test_sampling_frequencies(temperature, top_k, top_p, weights):
 
 @pytest.mark.parametrize("stops", [0, 1, 2])
 def test_steps_launched_ahead_write_the_same_text(stops):
-    """As with a CUDA graph: the next step runs before the host has read a token. The text ends with
+    """With a fake `graph`, the next step runs before the host has read a token. The text ends with
     the context, or once both rows have stopped, and the caches then hold the last stop token."""
     model = random_model(max_seq_len=64)
     prompt = random_tokens(2, 20)
@@ -2230,7 +2230,7 @@ def test_progress_has_a_count_and_an_estimate(capsys, monkeypatch):
 
 
 def test_closed_streams(monkeypatch, capsys):
-    """A stream that is closed is None in Python. Guards against a report among the text."""
+    """Closed streams are None in Python. Only a prompt from stdin is then refused."""
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(f"sys.{name}", None)
     options = "--prompt - --max_new_tokens 3 --device cpu"

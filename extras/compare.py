@@ -1,6 +1,6 @@
 """Compares the kernels with the reference on your own model and text: python -m extras.compare
 
-Whoever changes a kernel runs this first. The kernels decode the prompt and a few greedy tokens. At
+Run this first after changing a kernel. The kernels decode the prompt and a few greedy tokens. At
 every call, in every layer, the reference computes the same in float64, from the same inputs and a
 copy of the cache as it was before the call. So no difference adds up, and the reference's results
 are only compared. Prints where each result first differs by more than the tolerance, then the
@@ -31,7 +31,7 @@ PAGES = ("text", "KV head", "page")
 
 
 def in_float64(x):
-    """A copy of a cache or of a tensor of floats; anything else as it is."""
+    """A copy of a cache or tensor, floats as float64; all else as it is."""
     if isinstance(x, LayerCache):
         names = ("k", "v", "bounds", "out", "lse", "last_loaded")
         tensors = {name: getattr(x, name) for name in names}
@@ -57,18 +57,18 @@ def defined(cache: LayerCache, t: int) -> dict[str, tuple]:
 class Compare(OpsWrapper):
     """Runs each function of `ops`, and the reference beside it.
 
-    `rows` are those of the table. `found` receives, for each function and result, a line on its
-    first difference beyond the tolerance.
+    `rows` collects the table, `lines` for each function and result a line on its first difference
+    beyond the tolerance.
     """
 
     capturable = False
 
-    def __init__(self, ops, place: str, t: torch.Tensor, rows: dict, found: dict):
+    def __init__(self, ops, place: str, t: torch.Tensor, rows: dict, lines: dict):
         super().__init__(ops)
         self.place = place
         self.t = t
         self.rows = rows
-        self.found = found
+        self.lines = lines
 
     def both(self, name: str, args: tuple, reference_args: tuple | None = None) -> tuple:
         """The results of the kernel and of the reference. Compares the caches that they leave."""
@@ -87,8 +87,8 @@ class Compare(OpsWrapper):
     def check(self, name, what, found, expected, axes, dtype=None, size=None) -> None:
         """Compares vectors along the last axis, or single values if `axes` name all axes.
 
-        A difference is relative to `size`, by default the expected vector's norm, or the root mean
-        square of all these norms if it is larger. `dtype` decides the tolerance.
+        A difference is relative to `size`, by default the larger of the expected vector's norm and
+        the root mean square of all these norms. `dtype` decides the tolerance.
         """
         tolerance = TOLERANCES.get(dtype or found.dtype, 0)
         found = found.double()
@@ -114,7 +114,7 @@ class Compare(OpsWrapper):
             f"{found[place]:.9g} instead of {expected[place]:.9g} "
             f"(relative {relative.max():.1e}, tolerance {tolerance:.1e})"
         )
-        self.found.setdefault((name, what), line)
+        self.lines.setdefault((name, what), line)
 
     def write(self, q, k, v, cos, sin, cache, t):
         found, expected = self.both("write", (q, k, v, cos, sin, cache, t))
@@ -146,7 +146,7 @@ class Compare(OpsWrapper):
         o, lse = retro_attention.merge_by_lse(*map(in_float64, found))
         expected_o, expected_lse = (x[0] for x in expected)
         self.check("attend", "lse", lse, expected_lse, ROWS, torch.float32)
-        # The rounding of a score in float32 grows with the score, and moves the output as much.
+        # The tolerance also covers the rounding of float32 scores, which grows with |lse|.
         more = TOLERANCES[torch.float32] / TOLERANCES[q.dtype] * finite(expected_lse).abs()
         size = expected_o.norm(dim=-1) * (1 + more)
         self.check("attend", "o", o, expected_o, ROWS, q.dtype, size)
@@ -193,15 +193,15 @@ def run(args: argparse.Namespace) -> int:
     compared = decoder.layers[0].ops is not retro_attention
     need(compared, "impl must be triton: the reference would be compared with itself")
     rows = {}
-    found = {}
+    lines = {}
     for i, layer in enumerate(decoder.layers):
-        layer.ops = Compare(layer.ops, f"layer {i}", decoder.t, rows, found)
+        layer.ops = Compare(layer.ops, f"layer {i}", decoder.t, rows, lines)
     idx = torch.tensor([ids], device=device)  # (1, T)
     tokens = list(decoder.stream(idx, args.max_new_tokens, temperature=0))
-    print("\n".join(found.values()) or "no difference beyond the tolerance")
+    print("\n".join(lines.values()) or "no difference beyond the tolerance")
     title = f"Largest differences: prompt of {len(ids)} tokens, {len(tokens) - 1} decode steps"
     bench.table(title, rows, {"calls": "d", "absolute": ".1e", "relative": ".1e"})
-    return 1 if found else 0
+    return 1 if lines else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """Shows full attention, Quest and RetroAttention side by side: python -m extras.demo
 
 Each method continues the prompt, with the same seed. The output shows where the texts are equal and
-how each goes on. It has three numbers for each: the KV bytes read, the tokens before the text parts
-from full attention's, and the mean KL divergence from full attention, in nats, when the method
-reads full attention's text. The control loads as many pages as W rows, but does not look back.
+how each goes on. For each method it shows the KV bytes read, the number of first tokens that equal
+full attention's, and the mean KL divergence from full attention on its text, in nats. The control
+loads as many pages as W rows, but does not look back.
 
 On average over 16 texts of the shipped checkpoint, the KL is .043 with Quest, .028 with W=8 and
 .032 with the control. A real model, e.g. HuggingFaceTB/SmolLM2-135M-Instruct, needs --checkpoint
@@ -33,18 +33,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     add("--seed", type=int, default=1337, help="the same for all texts")
     add("--window", type=int, default=8, help="rows of a step")
-    add("--control", action="store_true", help="show the control, too")
+    add("--control", action="store_true", help="also Quest with as many pages")
     sample.add_model_options(add, RetroConfig(page_size=8, min_tokens=48, dense_layers=0))
     return parser.parse_args(argv)
 
 
 def common(a: list[int], b: list[int]) -> int:
-    """The number of tokens before two texts part."""
+    """The number of first tokens that texts share."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 
 
-def halves(tok: Tokenizer, prompt: list[int], new: list[int], n: int) -> tuple[str, str]:
+def split(tok: Tokenizer, prompt: list[int], new: list[int], n: int) -> tuple[str, str]:
     """The text of new[:n], as far as its characters are complete, and the rest."""
     new = [token for token in new if token not in tok.stop_tokens]  # the last may be one
     stream = sample.TextStream(tok, prompt)
@@ -94,13 +94,13 @@ def run(args: argparse.Namespace) -> int:
 
     same = {name: common(x, new["full"]) for name, x in new.items()}
     first = min(same.values())
-    print(f"--- all: {first} tokens\n\n{halves(tok, ids, new['full'], first)[0]}")
+    print(f"--- same: {first} tokens\n\n{split(tok, ids, new['full'], first)[0]}")
     for name, method in found.items():
         steps = range(T, T + len(new[name]) - 1)
         share = method.kv_share(method.retro, config.n_layer, steps)
         print(
             f"\n--- {name}: {share:.0%} of the KV bytes, {same[name]} tokens equal full "
-            f"attention's, KL {kl[name]:.4f}\n\n{halves(tok, ids, new[name], first)[1]}"
+            f"attention's, KL {kl[name]:.4f}\n\n{split(tok, ids, new[name], first)[1]}"
         )
     return 0
 

@@ -37,7 +37,7 @@ from retro_attention import RetroConfig, need, with_window_first
 
 
 def decode(decoder: Decoder, idx: torch.Tensor, prefix: int) -> None:
-    """Takes the decoder through the passages idx (B, T)."""
+    """Feeds the passages idx (B, T) to the decoder."""
     for _ in bench.forced(decoder, idx, prefix):
         pass
 
@@ -46,7 +46,7 @@ def overlap(ranks: list[torch.Tensor], selected: list[int], distance: int) -> li
     """The shares of a step's pages that the step `distance` before had in its top-k and in its next
     k; means over the steps. A page begun since then is in neither.
 
-    For each step, `ranks` has (B, n_kv_head, pages held), and `selected` its k.
+    For each step, `ranks` has (B, n_kv_head, pages held), and `selected` has k.
     """
     shares = []
     for i in range(distance, len(ranks)):
@@ -130,7 +130,7 @@ def exposure(args: argparse.Namespace) -> dict:
     message = f"dense_layers must be at most {layers - 1}, not {retro.dense_layers}"
     need(retro.dense_layers < layers, f"{message}: no layer would select pages")
     idx = bench.passages(args, model, tok)
-    bench.progress("overlap of the pages wanted with full attention")
+    bench.progress("overlap of the pages that full attention wants")
     overlaps = page_overlaps(args, retro, model, idx)
     exposures = {}  # paper, figure 2c
     for w in sorted({1, *args.windows}):

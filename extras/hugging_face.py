@@ -33,10 +33,10 @@ def read_checkpoint(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
         config["tie_embeddings"] = False
     hs = config["head_size"]
     for name, w in weights.items():
-        if re.search(r"\.(wq|wk|q_norm|k_norm)\.(weight|bias)$", name):
+        if re.search(r"\.(wq|wk|q_norm|k_norm)\.(weight|bias)$", name):  # has RoPE pairs
             fits = w.ndim > 0 and len(w) % hs == 0
             shape = tuple(w.shape)
-            need(fits, f"checkpoint {folder}: {name} must be heads of {hs} rows, not {shape}")
+            need(fits, f"checkpoint {folder}: {name} must have n * {hs} rows, not {shape}")
             weights[name] = pair_neighbours(w, hs)
     return config, weights
 
@@ -94,7 +94,7 @@ TURNED_OFF = {
     "quantization_config": None,
     "transformers_weights": None,  # other files than model.safetensors
 }
-# The only form of Llama 3.1's scaling that `model.rope_table` computes; the factor is free.
+# The only form of Llama 3.1's scaling that `model.rope_table` computes, with any factor.
 LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1,
@@ -152,7 +152,7 @@ def read_rope(folder: str | Path, parameters: dict) -> tuple[float | None, float
     theta = rest.pop("rope_theta", None)
     factor = None
     if rest.get("rope_type") == "llama3":
-        factor = rest.pop("factor", None) or 0  # LlamaConfig refuses 0: the key must be there
+        factor = rest.pop("factor", None) or 0  # a missing factor becomes 0: refused later
     known = rest in ({"rope_type": "default"}, LLAMA3)
     need(known, f"checkpoint {folder}: rope_parameters {parameters} are not supported")
     return theta, factor

@@ -6,8 +6,8 @@
 With --n 1 a prompt asks one question, after worked examples as earlier turns. With more it has the
 form of LongGenBench (arXiv 2410.04199; paper, table 1): it asks n questions, and the model answers
 all of them in one long generation. All methods answer greedily. Each answer goes to the file --out.
-Questions that the file already answers are not asked again. So a run that was stopped goes on, and
-files of several runs with the same settings can be joined and shown by one more run. Tables and
+Questions that the file already answers are not asked again. So a stopped run can be repeated. To
+combine runs with the same settings, join their files and run once more. Tables and
 numbers go to stdout, as in bench.py.
 """
 
@@ -98,8 +98,7 @@ class OneLength:
         self.shots = args.shots
         self.tok = tok
         asked = split_questions(args, pairs, draw=0)
-        # A prompt has the tokens that it has without examples, plus the sizes of its examples, plus
-        # a constant.
+        # Tokens: bare + sizes of the examples + constant. (A size: prompt 0 with one example.)
         self.sizes = [len(self.ids([x], asked[0])) for x in examples]
         first = examples[: args.shots]
         sizes = self.sizes[: args.shots]
@@ -159,9 +158,9 @@ def make_prompts(args: argparse.Namespace, context: int, tok: Tokenizer) -> list
 # --------------------------------------------------------------------------------------------------
 # Answers
 
-SIGN = r"(?<!\w)-[^\w\s.,-]*"  # of -5, -$5 and -**5**; the hyphen of 20-5 is none
-VALUE = r"\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+"
-NUMBER = rf"({SIGN})?({VALUE})(?: ?/ ?(0*[1-9]\d*))?"
+SIGN = r"(?<!\w)-[^\w\s.,-]*"  # a minus and e.g. $ or **; not the hyphen of 20-5
+VALUE = r"\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+"  # 1,234.5 or .5
+NUMBER = rf"({SIGN})?({VALUE})(?: ?/ ?(0*[1-9]\d*))?"  # sign, value, divisor
 
 
 def read_result(text: str) -> float | None:
@@ -262,8 +261,8 @@ def record_of(
     share = method.kv_share(method.retro, config.n_layer, steps)
     retro = sample.retro_config(args, window=1)
     pages = sum(map(retro.pages_held, steps))  # that full attention reads
-    vectors = 2 * config.n_layer * config.n_kv_head * config.head_size  # of a key and a value
-    nbytes = pages * retro.page_size * vectors * model.norm.weight.itemsize
+    numbers = 2 * config.n_layer * config.n_kv_head * config.head_size  # K and V of a token
+    nbytes = pages * retro.page_size * numbers * model.norm.weight.itemsize
     text = tok.decode([x for x in ids if x not in tok.stop_tokens])
     return {
         "draw": prompt.draw,
@@ -355,8 +354,8 @@ def summary(found: dict[str, list[dict]], args: argparse.Namespace) -> dict:
             values[name] = torch.tensor([x[key] for x in records]).double()  # (prompts, n)
         for name, row in bench.compare(values).items():
             rows[name][key] = row
-        count = f"{len(args.draws)} x {args.prompts} prompts of {args.n}"
-        bench.show_comparison(f"{count}: {key}; unanswered is wrong", key, ".1%", rows)
+        count = f"{len(args.draws)} draws x {args.prompts} prompts x {args.n} questions"
+        bench.show_comparison(f"{count}: {key}", key, ".1%", rows)
     title = "Tokens written per prompt, and KV megabytes read per token"
     bench.table(title, rows, {"tokens": ".0f", "MB/token": ".1f"})
     return rows

@@ -1,4 +1,4 @@
-"""Several GPUs: splits each layer's heads and feed-forward over processes, from outside the model.
+"""Splits each layer's heads and feed-forward over GPUs (or processes); model.py is unchanged.
 
     torchrun --nproc-per-node 2 -m extras.parallel sample.py --prompt "It was a dark night"
 
@@ -6,9 +6,9 @@ runs sample.py, bench.py or any other script in two processes, one per GPU; with
 without GPUs. A script that torchrun starts directly must call `apply()` before it makes a model.
 
 Each rank holds a shard: some of the KV heads, their query heads, and a share of ffn_dim.
-RetroAttention works per KV head, so its code is the same. A rank's attention or feed-forward
-returns its part of a sum over all heads or all of ffn_dim, and a forward hook adds the parts up:
-two sums a layer. Everything else, such as sampling, happens on every rank alike. The sums have the
+RetroAttention works per KV head, so its code is the same. A rank's attention returns a partial sum
+over heads, its feed-forward one over ffn_dim. A forward hook adds these over the ranks: 2 sums per
+layer. Everything else, such as sampling, happens on every rank alike. The sums have the
 same bits on all ranks, so one seed gives one text.
 """
 
@@ -36,7 +36,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def shard_config(config: LlamaConfig, n: int) -> LlamaConfig:
-    """What one of n ranks holds. Raises ValueError unless n divides the KV heads and ffn_dim."""
+    """The config of one rank. Raises ValueError unless n divides the KV heads and ffn_dim."""
     divides = config.n_kv_head % n == config.ffn_dim % n == 0
     sizes = f"the {config.n_kv_head} KV heads and ffn_dim {config.ffn_dim}"
     need(divides, f"the number of processes must divide {sizes}, not {n}")
@@ -130,7 +130,7 @@ def check(args: list[str], n: int) -> Path:
         need(n <= gpus, f"at most {gpus} processes, one for each GPU of this machine, not {n}")
         own = n == 1 or ":" not in (options.device or "")
         need(own, f"each process has its own GPU: device must be cuda, not {options.device!r}")
-    # The command may be given in another folder, with PYTHONPATH set.
+    # Paths are relative to the current folder or to the repository.
     paths = [Path(args[0]), REPOSITORY / args[0]]
     paths = [path for path in paths if path.is_file()]
     need(paths, f"script {args[0]}: no such file")
@@ -156,7 +156,7 @@ def main(args: list[str]) -> int:
     try:
         path = check(args, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         apply()
-        if any(re.fullmatch("(--[a-z_]+=)?(FILE:)?-", arg) for arg in args):
+        if any(re.fullmatch("(--[a-z_]+=)?(FILE:)?-", arg) for arg in args):  # stdin is read
             share_stdin(rank)
     except (ValueError, OSError) as error:  # OSError: stdin cannot be read
         print(f"parallel.py: error: {error}", file=sys.stderr)

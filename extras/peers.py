@@ -42,7 +42,7 @@ def flashinfer_decode(
     """Plans FlashInfer's attention of one row (B, 1, n_head, hs) over full pages (B, n_kv_head, S),
     and returns what runs it, with output (B * n_kv_head, G, hs).
 
-    Each KV head has pages of its own, so FlashInfer takes it as a text of its own.
+    Each KV head has its own pages, so FlashInfer gets it as a separate text.
     """
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
@@ -50,12 +50,12 @@ def flashinfer_decode(
     P, ps, hs = cache.k.shape[2:]
     texts = B * n_kv_head
     G = row.shape[2] // n_kv_head
-    first = torch.arange(0, (texts + 1) * S, S, dtype=torch.int32)  # (texts + 1,) into the list
+    starts = torch.arange(0, (texts + 1) * S, S, dtype=torch.int32)  # (texts + 1,) in `listed`
     offsets = torch.arange(0, texts * P, P, device=pages.device)[:, None]  # (texts, 1)
     listed = (pages.flatten(0, 1) + offsets).flatten().int()  # (texts * S,)
     tokens = torch.full((texts,), ps, dtype=torch.int32)  # in the last page of each text
     wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, use_tensor_cores=True)
-    wrapper.plan(first, listed, tokens, G, 1, hs, ps, q_data_type=row.dtype)
+    wrapper.plan(starts, listed, tokens, G, 1, hs, ps, q_data_type=row.dtype)
     kv = (cache.k.view(texts * P, ps, 1, hs), cache.v.view(texts * P, ps, 1, hs))
     return partial(wrapper.run, row.reshape(texts, G, hs), kv)
 
@@ -69,7 +69,7 @@ def flashinfer_stages(
     device: str,
     dtype: torch.dtype,
 ) -> dict[str, Callable]:
-    """Name -> what to run, for a cache of its own. The host has made the plans before."""
+    """Name -> what to run, for a cache of its own. The plans are made here, untimed."""
     sizes = (B, shape.n_head, shape.n_kv_head, shape.head_size, context)
     cache = retro_attention.new_cache(retro, False, *sizes, device, dtype)
     bench.fill(cache, context - 1)
@@ -143,7 +143,7 @@ def step_times(model: Llama, B: int, context: int) -> list[float]:
             k, v = torch.randn(2, B, shape.n_kv_head, context - 35, shape.head_size, dtype=dtype)
             cache.update(k, v, i)
         token = torch.randint(shape.vocab_size, (B, 1))
-    # The name depends on the version, which ignores an unknown one.
+    # The name depends on the version; an unknown name is ignored.
     names = inspect.signature(theirs.forward).parameters
     name = "cache" if "cache" in names else "past_key_values"
     step = partial(theirs, input_ids=token, use_cache=True, **{name: cache})  # appends to the cache
@@ -171,7 +171,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     bench.add_command(commands, kernels, bench.kernels_options, device=device)
     bench.add_command(commands, decode, bench.decode_options, device=device)
     args = parser.parse_args(argv)
-    args.command = f"peers {args.command}"  # in the JSON, where bench.py has the same names
+    args.command = f"peers {args.command}"  # in the JSON: not bench.py's command
     return args
 
 

@@ -137,7 +137,7 @@ class StreamingLLM(Rival):
 
     def prefill(self, q, k, v):
         super().prefill(q, k, v)
-        self.first = SINKS  # the oldest recent token
+        self.first = SINKS  # start of recent tokens
 
     def decode(self, q, k, v, cos, sin, t):
         q = retro_attention.write(q, k, v, cos, sin, self.cache, t)
@@ -183,7 +183,7 @@ class MorphKV(Evicting):
     queries (Ghadia et al., ICML 2025, arXiv 2503.00979).
 
     The paper offers the sum or the maximum over these queries. Here it is the sum, also over the
-    query heads of a KV head, which has its own set. Our choices: a query counts with the weights of
+    query heads of a KV head, which has its own set. Our choices: a query's weights are those of
     its own step, over all that it read; an evicted token no longer counts; if the budget is smaller
     than the window, the newest tokens remain.
     """
@@ -192,7 +192,7 @@ class MorphKV(Evicting):
         T = k.shape[1]
         k_by_head = k.transpose(1, 2)  # (B, n_kv_head, T, hs)
         v_by_head = v.transpose(1, 2)  # (B, n_kv_head, T, hs)
-        self.recent = deque(maxlen=RECENT)  # for each query, at t, (B, n_kv_head, t+1)
+        self.recent = deque(maxlen=RECENT)  # weights per query: (B, n_kv_head, t+1)
         for t in range(max(0, T - RECENT), T - 1):
             row = q[:, t : t + 1]
             _, weight = attention(row, k_by_head[:, :, : t + 1], v_by_head[:, :, : t + 1])
@@ -304,7 +304,7 @@ class ReSA(Decoder):
         return logits
 
 
-RIVALS = {  # name -> how to make the decoder, which part of the KV bytes it reads
+RIVALS = {  # name -> the `make` and `kv_share` of its Method
     "StreamingLLM": (StreamingLLM.decoder, StreamingLLM.kv_share),
     "TOVA": (TOVA.decoder, TOVA.kv_share),
     "MorphKV": (MorphKV.decoder, MorphKV.kv_share),
@@ -327,7 +327,7 @@ class OneChoice(OpsWrapper):
 
 
 class FirstQuery(OpsWrapper):
-    """A past row looks back with the query that it had as the newest row, not with a fresh one."""
+    """A past row's supplement uses the query that it had as the newest row, not a fresh one."""
 
     q = None  # (B, W, n_head, hs); its memory stays the same, because a CUDA graph records it
 

@@ -24,26 +24,27 @@ def test_the_texts_are_those_of_independent_decoding(capsys):
     T = idx.shape[1]
     retro = RetroConfig(4, min_tokens=8, window=4, dense_layers=0)
     full, ours = (model.generate(idx, 24, x, seed=1337) for x in (None, retro))
-    same = (full == ours)[0, T:].long().cumprod(0).sum().item()
+    start = (full == ours)[0, T:].long().cumprod(0).sum().item()  # equal first tokens
     expected, found = (decode(model, x, full[:, :-1], T)[0][:, 1:] for x in (None, retro))
     expected, found = (x.log_softmax(-1) for x in (expected, found))
     kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
     share = f"{kv_share(retro, model.config.n_layer, range(T, T + 23)):.0%}"
     line = re.search(rf"--- W=4: {share} of the KV bytes, (\d+) tokens equal .*, KL (\S+)\n", out)
-    assert int(line[1]) == same < 24 and abs(float(line[2]) - kl) < 2e-4
-    common, *rests = re.split(r"\n--- .*\n\n", "\n" + out)[1:]
-    n = int(re.match(r"--- all: (\d+) tokens", out)[1])
-    assert n <= same and common.rstrip("\n") == tok.decode(full[0, T : T + n].tolist()).rstrip("\n")
-    text = common.removesuffix("\n") + rests[2].removesuffix("\n")
+    assert int(line[1]) == start < 24 and abs(float(line[2]) - kl) < 2e-4
+    common, _, _, rest = re.split(r"\n--- .*\n\n", "\n" + out)[1:]  # full, Quest, W=4
+    n = int(re.match(r"--- same: (\d+) tokens", out)[1])
+    shared = tok.decode(full[0, T : T + n].tolist())
+    assert n <= start and common.rstrip("\n") == shared.rstrip("\n")
+    text = common.removesuffix("\n") + rest.removesuffix("\n")
     assert text == tok.decode(ours[0, T:].tolist())
 
 
-def test_a_text_is_halved_between_whole_characters():
+def test_a_text_is_split_between_whole_characters():
     """Guards against half a character at the end of the common part, a lost space in front of the
     rest, and the name of a stop token as text."""
     tok = Tokenizer.from_checkpoint(TINY)
     new = [*tok.encode(" the \u4f60 sea"), tok.stop_tokens[0]]
-    found = [demo.halves(tok, [tok.bos], new, n) for n in range(len(new) + 1)]
+    found = [demo.split(tok, [tok.bos], new, n) for n in range(len(new) + 1)]
     assert {start + rest for start, rest in found} == {" the \u4f60 sea"}
     assert "\ufffd" not in "".join(start for start, _ in found)
     assert found[1] == (" the", " \u4f60 sea") and found[-1][1] == ""

@@ -16,6 +16,7 @@ from retro_attention import RetroAttention
 ROOT = Path(__file__).parent.parent
 NAMES = "README.md docs/measured.md docs/own_model.md extras/README.md tiny/README.md".split()
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+# In the examples, `model` is a Llama.
 OWNERS = {x.__name__: x for x in (RetroAttention, Decoder, Llama)} | {"model": Llama}
 
 
@@ -24,7 +25,7 @@ def blocks(page, language):
 
 
 def commands():
-    """(module, arguments) of each command."""
+    """(module, arguments) of each command; under extras.parallel, of the script."""
     lines = "".join("".join(blocks(page, "bash")) for page in PAGES).replace("\\\n", " ")
     for part in re.split("&&|\n", lines):
         words = list(takewhile(lambda x: x not in (">", "|"), shlex.split(part, comments=True)))
@@ -44,11 +45,13 @@ def test_commands_parse(module, args, capsys):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
+    # (path#anchor) of links inside the repository
     for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[page]):
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), path
         if anchor:
             headings = re.findall(r"(?m)^#+ (.*)", target.read_text(encoding="utf-8"))
+            # GitHub's anchors
             assert anchor in [re.sub(r"[^\w -]", "", x).lower().replace(" ", "-") for x in headings]
 
 
@@ -61,7 +64,7 @@ def test_names_exist(page):
         assert f"def {name}(" in source, name
     for name in re.findall(r"\*\*`(\w+)`\*\*", PAGES[page]):  # the steps of the method
         assert hasattr(retro_attention, name), name
-    for owner, name in re.findall(r"\b(\w+)\.(?!py\b)(\w+)", PAGES[page]):
+    for owner, name in re.findall(r"\b(\w+)\.(?!py\b)(\w+)", PAGES[page]):  # e.g. Decoder.step
         if owner in OWNERS:
             assert hasattr(OWNERS[owner], name), name
         elif (ROOT / f"{owner}.py").exists():

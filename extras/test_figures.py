@@ -34,7 +34,7 @@ from test_retro import (
 
 
 def shares(now, past, k):
-    """Of the pages in the set `now`, those among the first k of the list `past`, and the next k."""
+    """The shares of the set `now` among the first k and the next k of the list `past`."""
     return [len(now & set(past[:k])) / len(now), len(now & set(past[k : 2 * k])) / len(now)]
 
 
@@ -158,7 +158,7 @@ def test_revisions_are_those_of_the_largest_window(exposure):
 
 
 def test_a_window_of_one_revises_nothing(exposure):
-    """Guards against means over no rows, which are NaN and no JSON."""
+    """Guards against means over no rows: NaN, which JSON lacks."""
     results = exposure("--windows 1 --dense_layers 0")
     assert results["revised"] == {} and results["effective_exposure"] == {1: 1}
 
@@ -211,7 +211,7 @@ def test_the_picture_draws_quest_and_the_windows(saved, monkeypatch, tmp_path, c
     """It has the numbers of the records, each part at its middle. Full attention has no line."""
     pytest.importorskip("matplotlib")
     quality, record = saved(bench.main, "quality", "--control")
-    exposure, met = saved(figures.main, "exposure", "--distance 3")
+    exposure, other = saved(figures.main, "exposure", "--distance 3")
     drawn = []
     draw = figures.draw
 
@@ -239,7 +239,7 @@ def test_the_picture_draws_quest_and_the_windows(saved, monkeypatch, tmp_path, c
             pairs = zip(kl["by_position"], kl["errors"], strict=True)
             assert edge == pytest.approx(max(x + 2 * error for x, error in pairs))
     (line,) = last.lines
-    exposures = met["results"]["effective_exposure"]
+    exposures = other["results"]["effective_exposure"]
     assert list(line.get_xdata()) == [1, 2]
     assert list(line.get_ydata()) == [exposures["1"], exposures["2"]]
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
@@ -247,8 +247,8 @@ def test_the_picture_draws_quest_and_the_windows(saved, monkeypatch, tmp_path, c
 
 
 def test_a_method_looks_the_same_in_all_panels():
-    """Guards against colours by order, which a file with other windows shifts, and a legend of the
-    first panel alone."""
+    """Guards against colours that depend on a panel's windows, and a legend of the first panel
+    alone."""
     pytest.importorskip("matplotlib")
     line = ([0.1, 0.2], [0.01, 0.01])
     first = ("", [1, 2], {"Quest": line, "W=2": line, "W=8": line})
@@ -324,7 +324,7 @@ BROKEN = {
     "no budget": quality_record(arguments={"min_tokens": 32}),
     "no results": quality_record(results={}),
     "no sparse method": quality_record(results={"positions": [0, 2], "rows": {"full": {}}}),
-    "another form": quality_record(results={"positions": [0, 2], "rows": {"W=2": {"kl": 0.1}}}),
+    "KL a number": quality_record(results={"positions": [0, 2], "rows": {"W=2": {"kl": 0.1}}}),
     "another number of parts": quality_record(positions=(0, 2, 4, 6)),
     "fewer errors": quality_record(errors=(0.01,)),
     "no numbers": quality_record(by_position=("a", None)),

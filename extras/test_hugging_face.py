@@ -141,7 +141,7 @@ def test_logits_equal_those_of_transformers(tmp_path, kind, max_file, config, ch
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     tokens = random_tokens(2, 90)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 or max_file == "30KB"
-    save_file({"model.norm.weight": torch.ones(48)}, tmp_path / "other.safetensors")  # not named
+    save_file({"model.norm.weight": torch.ones(48)}, tmp_path / "other.safetensors")  # unused
     model = Llama.from_checkpoint(tmp_path, dtype=torch.float64)
     with torch.no_grad():
         wanted = oracle(tokens).logits
@@ -151,7 +151,7 @@ def test_logits_equal_those_of_transformers(tmp_path, kind, max_file, config, ch
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
-UNHEARD = {"rope_type": "unheard", "rope_theta": 1e4}
+UNKNOWN = {"rope_type": "unknown", "rope_theta": 1e4}
 
 
 @needs_transformers
@@ -171,24 +171,24 @@ UNHEARD = {"rope_type": "unheard", "rope_theta": 1e4}
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
     ({"dual_chunk_attention_config": {}}, "dual_chunk_attention_config {}"),
     ({"model_type": "mixtral"}, "not 'mixtral'"),
-    ({"model_type": "unheard"}, "AutoConfig cannot be read"),
+    ({"model_type": "unknown"}, "AutoConfig cannot be read"),
     ({"hidden_size": "wide"}, "AutoConfig cannot be read|dim must be an integer"),
     ({"rope_parameters": YARN}, "yarn.* are not supported"),
-    ({"rope_parameters": UNHEARD}, "unheard.* are not supported"),
+    ({"rope_parameters": UNKNOWN}, "unknown.* are not supported"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor.* are not supported"),
     ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "are not supported"),
     ({"rope_parameters": {**LLAMA3_ROPE, "factor": 0}}, "rope_scaling must be .* not 0"),
     ({"rms_norm_eps": math.inf}, "norm_eps"),
     ({"head_dim": 15}, "head_dim"),
     ({"head_dim": 0}, "head_dim must be .* not 0"),
-    ({"head_dim": 10**20}, "wk.weight must be heads of 10{20} rows"),
+    ({"head_dim": 10**20}, "wk.weight must have n \\* 10{20} rows"),
     ({"head_dim": 4}, r"wk.weight must have shape \(8, 48\), not \(16, 48\)"),
     ({"vocab_size": 301}, r"must have shape \(301, 48\), not \(300, 48\)"),
     ({"num_hidden_layers": 3}, "layers.2.* is missing"),
     ({"num_hidden_layers": 1}, "layers.1.* is unknown"),
 ])  # fmt: skip
 def test_unsupported_config_is_refused(tmp_path, change, message):
-    """By name, because a model that loads must be computed as its makers meant it."""
+    """The message names the cause. Guards against a model that loads but is wrong."""
     write_hugging_face(tmp_path)
     edit(tmp_path / "config.json", **change)
     refused(lambda: Llama.from_checkpoint(tmp_path), message)
@@ -213,7 +213,7 @@ class Recorder(dict):
         return super().get(key, default)
 
 
-# What does not change the logits, and why.
+# Reason -> keys without effect on logits.
 IRRELEVANT = {
     "names the model or what made it": "_name_or_path architectures transformers_version",
     "training": "initializer_range attention_dropout",
@@ -301,13 +301,13 @@ def test_projection_that_is_not_whole_heads_is_refused(tmp_path, shape):
     write_hugging_face(tmp_path)
     broken = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(shape)}
     edit_weights(tmp_path, lambda weights: weights.update(broken))
-    refused(lambda: Llama.from_checkpoint(tmp_path), "wq.weight must be heads of 8 rows")
+    refused(lambda: Llama.from_checkpoint(tmp_path), "wq.weight must have n \\* 8 rows")
 
 
 @needs_transformers
-@pytest.mark.parametrize("model_type", ["unheard", "llama"])
+@pytest.mark.parametrize("model_type", ["unknown", "llama"])
 def test_code_in_a_folder_never_runs(tmp_path, monkeypatch, capsys, model_type):
-    """transformers would ask on stdin, and a prompt there may begin with "y"."""
+    """Guards against transformers' question on stdin: our prompt may be "y"."""
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     code = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
     config = json.dumps({"model_type": model_type, "auto_map": code, "tokenizer_class": "Own"})

@@ -61,8 +61,7 @@ def some_pairs(tmp_path):
 
 
 def test_prompts_of_one_length(tmp_path):
-    """Each prompt's examples make up for the length of its questions, which stay its own, in every
-    draw."""
+    """The examples make up for the length of each prompt's own questions, in every draw."""
     tok = Tokenizer.from_checkpoint(TINY)
     options = f"{some_pairs(tmp_path)} --shots 3 --prompts 5 --one_length --draws 0 1"
     args = longgen.parse_args(options.split())
@@ -191,9 +190,8 @@ def measure(capsys, monkeypatch, tmp_path):
 
 
 def test_right_answers_are_counted(measure):
-    """The questions asked are numbered on from the three examples. Of the first prompt's four the
-    answer has two right by number. It skips one and repeats one, first wrong, and none is right at
-    its place. Of the next prompt's four none is right."""
+    """The prompts ask Question_4 .. Question_7. In the first, 4 and 7 are right by number, 5 is
+    first wrong, and 6 is missing; none is right by position. In the second, none is right."""
     said = (
         "Answer_7: The answer is 1006. Answer_4: The answer is 1,003. Answer_5: The answer is 1. "
         "Answer_5: The answer is 1004."
@@ -221,9 +219,9 @@ def test_the_control_is_compared(measure):
 
 
 def test_single_questions_are_asked_side_by_side(measure):
-    """The answer is right unless the sum is odd. Guards against records and rows that get the index
-    of another prompt, because prompts of one length come together, and against KV reads that count
-    the steps of a longer answer beside."""
+    """The answer is right unless the sum is odd. Guards against records and rows in the order of
+    the batches, where prompts of one length come together, and against KV reads that count the
+    steps of a longer answer in the batch."""
     tok = Tokenizer.from_checkpoint(TINY)
 
     def said(prompt):
@@ -301,8 +299,8 @@ def test_kv_read_counts_the_positions_decoded(measure, stops):
 
 
 def test_a_run_that_was_stopped_goes_on(measure, tmp_path):
-    """Only what the file lacks is asked again, also a last line that was cut off. The rest and the
-    results stay the same."""
+    """Asks again only what the file lacks, a truncated last line included. The rest and the results
+    stay the same."""
     asked = []
 
     def said(prompt):
@@ -323,7 +321,7 @@ def test_a_run_that_was_stopped_goes_on(measure, tmp_path):
 
 
 def test_files_of_several_runs_can_be_joined(measure, tmp_path):
-    """Two draws, each with its own run, are those of one run with both, and nothing is asked."""
+    """Two joined files, of a draw each, give the results of one run; no question is asked."""
     out = tmp_path / "out"
     both, _ = measure(lambda prompt: "The answer is 1003.", "--n 1 --prompts 4 --draws 0 1")
     parts = []

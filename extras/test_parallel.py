@@ -24,7 +24,7 @@ from test_retro import (
     run_main,
 )
 
-# What each of two processes does, and `test_two_processes_equal_one` does in one.
+# Runs in two processes; `test_two_processes_equal_one` compares the results.
 SCRIPT = """
 import sys
 import torch
@@ -67,8 +67,8 @@ def start_python(args, gpus="", **options):
 
 
 def run_processes(n, args, gpus=""):
-    """Starts the n processes that torchrun would start, but seconds faster. Yields for each the
-    exit code, stdout and stderr."""
+    """Starts the n processes that torchrun would start, but seconds faster. Yields the exit code,
+    stdout and stderr of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -131,7 +131,7 @@ def test_two_processes_equal_one(tmp_path, device, dtype, impl, tolerance):
 
 
 def test_processes_that_do_not_divide_the_heads_are_refused_once():
-    """By rank 0 alone, in one line, and no process hangs."""
+    """Rank 0 alone prints one line, and no process hangs."""
     args = ["-m", "extras.parallel", TINY.parent / "sample.py", "--device", "cpu"]
     codes, outs, errors = zip(*run_processes(3, args), strict=True)
     assert codes == (2, 2, 2)
@@ -167,7 +167,7 @@ def test_interrupt_keeps_the_text_and_reports(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_rank_0_prints_and_handles_an_interrupt(capsys, monkeypatch, rank):
-    """Guards against a Ctrl-C that ends another rank, for whose sums rank 0 would wait."""
+    """Guards against a Ctrl-C that ends another rank; rank 0 would wait for its sums."""
     monkeypatch.setenv("RANK", str(rank))
     for name in ("stdout", "stderr"):  # restored after the test
         monkeypatch.setattr(sys, name, getattr(sys, name))
@@ -206,7 +206,7 @@ def test_mistake_is_one_clear_line(capsys, monkeypatch, tmp_path, args, n, messa
     ("layers.0.attention.wq.weight", (191, 192)),
     ("layers.0.attention.wo.weight", (192,)),
     ("layers.0.feed_forward.w1.weight", ()),
-    ("wq", (2, 2)),
+    ("wq", (2, 2)),  # not a model's name
 ])  # fmt: skip
 def test_tensor_that_cannot_be_split_stays_whole(name, shape):
     """`Llama.from_weights` then refuses it by name on every rank; an error of one rank alone would

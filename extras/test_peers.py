@@ -17,7 +17,7 @@ from test_retro import DEVICE, close, refused_in_a_line, run_main
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None,
-    reason="transformers is not installed (pip install -e '.[hf]'): its time is not tested here",
+    reason="transformers is not installed (pip install -e '.[hf]'): its row is not tested",
 )
 needs_flashinfer = pytest.mark.skipif(
     DEVICE != "cuda" or importlib.util.find_spec("flashinfer") is None,
@@ -27,8 +27,8 @@ SMALL = replace(bench.SHAPES["tiny"], n_layer=2)
 
 
 class Wrapper:
-    """FlashInfer's wrapper in plain PyTorch, after its documentation: `first` holds the place in
-    `pages` where each text begins, and `last` the tokens in its last page."""
+    """FlashInfer's wrapper in plain PyTorch, as documented: text i has the list's pages first[i] to
+    first[i + 1] - 1, the last of them with last[i] tokens."""
 
     def __init__(self, workspace, use_tensor_cores):
         pass
@@ -66,8 +66,8 @@ def on_cpu(capsys, monkeypatch):
 
 @needs_transformers
 def test_decode_has_a_row_of_transformers(on_cpu):
-    """It must read the bytes of full attention. Guards against a library that is left out, and (by
-    an assertion in the code) steps that ignore the cache."""
+    """Its row counts full attention's bytes. Guards against a library that is left out, and (by an
+    assertion in the code) steps that ignore the cache."""
     out, record = on_cpu("decode --settings 256x2 --windows 2 --rounds 1")
     rows = {row["method"]: row for row in record["results"]["rows"]}
     assert list(rows) == ["full", "Quest", "W=2", "transformers"]
@@ -95,7 +95,7 @@ def fake_flashinfer():
 
 
 def outputs(device, dtype):
-    """FlashInfer's attention and ours of one row over some pages of each of 2 * 2 heads."""
+    """Attention of one row over 5 pages of each of 2 * 2 KV heads, by FlashInfer and us."""
     retro = RetroConfig(window=1)
     cache = retro_attention.new_cache(retro, True, 2, 6, 2, 64, 128, device, dtype)
     bench.fill(cache, 127)
@@ -113,7 +113,7 @@ def test_kernels_sets_flashinfer_beside_attend(on_cpu, monkeypatch):
     """The table has a time for each, and the JSON the version. Guards against a stage that is left
     out."""
     monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer())
-    monkeypatch.setattr(peers, "need", lambda condition, message: None)  # without a GPU
+    monkeypatch.setattr(peers, "need", lambda condition, message: None)  # no GPU needed
     out, record = on_cpu("kernels --settings 512x2 --windows 2")
     (row,) = record["results"]["rows"]
     for name in ("attend", "combine", "ours", "FlashInfer selected", "FlashInfer all"):

@@ -50,7 +50,7 @@ def run_rival(name, prompt_len=45, T=110, retro=BENCH):
     """Decodes T random tokens with one layer. Returns q, k and v (B, T, heads, hs) before rotation,
     and t -> output (B, n_head, hs).
 
-    The layer has decoded another text before, so a state that does not start afresh shows.
+    The layer has decoded another text before, so any state left over would show.
     """
     model = random_model()
     layer = rivals.RIVALS[name][0](model, 2, retro, 128).layers[0]
@@ -145,8 +145,8 @@ def test_tova_evicts_the_least_attended_token_of_the_layer():
 def test_morphkv_keeps_the_newest_tokens_and_those_that_their_queries_attend_to(
     monkeypatch, retro, n
 ):
-    """One list per KV head. After a step, the older tokens with the lowest sum of weights, over the
-    last n queries and the query heads, make room for the next; then the oldest of the last n.
+    """One list per KV head. After a step, tokens make room for the next: of those before the
+    last n, the lowest by sum of weights over these n queries and the query heads; else the oldest.
 
     Guards against queries of the prompt that are left out, a window off by one, and tokens that
     come back when the budget grows.
@@ -331,8 +331,8 @@ def test_one_choice_loads_the_same_pages_for_all_kv_heads(name):
 
 @pytest.mark.parametrize("n_layer, equal", [(2, True), (3, False)])
 def test_first_query_matters_from_the_second_layer_on(n_layer, equal):
-    """The first layer's input has no correction, so its fresh query is the first one. The second
-    layer's is not, which shows in the third. Guards against a window that is off by a row."""
+    """The first layer's input is never corrected, so a fresh query equals the first query.
+    In the second it differs, which shows in the third. Guards against a window off by one."""
     tokens = random_tokens(2, 70)
     model = random_model(n_layer=n_layer)
     a, _ = logits_of("W=4 first query", tokens, model)
@@ -371,10 +371,10 @@ def test_kv_share_counts_bounds_and_dense_passes():
     assert share("StreamingLLM", 1) == share("TOVA", 1) == share("MorphKV", 1) == 2 / 8
     assert share("TOVA", 1, dense) == (1 + 3 * 2 / 8) / 4
     assert share("selection reuse", 2) == (3 + 2) / 16
-    steps = [(max(2, -(-(t // 8 + 1) // 4)), t // 8 + 1) for t in range(32, 64)]
-    held = sum(h for _, h in steps)
-    assert share("RefreshKV", 32) == (sum(s for s, _ in steps[:-1]) + 8) / held
-    resa = (sum(s + h / 8 for s, h in steps) + 8) / held
+    counts = [(max(2, -(-(t // 8 + 1) // 4)), t // 8 + 1) for t in range(32, 64)]  # loaded, held
+    held = sum(h for _, h in counts)
+    assert share("RefreshKV", 32) == (sum(s for s, _ in counts[:-1]) + 8) / held
+    resa = (sum(s + h / 8 for s, h in counts) + 8) / held
     assert math.isclose(share("ReSA", 32), resa)
     assert math.isclose(share("ReSA", 32, dense), (3 * resa + 1 + 8 / held) / 4)
 
@@ -407,7 +407,7 @@ def test_the_table_has_all_methods_and_no_method_twice(table):
     assert list(rows) == [*ours, *theirs]
     assert rows["W=1"] == rows["W=1 first query"] == rows["Quest"]
     assert rows["W=1 one choice"] == rows["Quest one choice"]
-    assert len({row["kl"]["mean"] for row in rows.values()}) == len(rows) - 3
+    assert len({row["kl"]["mean"] for row in rows.values()}) == len(rows) - 3  # W=1 is Quest
     assert all(row["kl"]["mean"] > 0 for name, row in rows.items() if name != "full")
     exposures = {name: row["exposure"] for name, row in rows.items()}
     assert exposures["Quest one choice"] == 1 < exposures["W=4 first query"]

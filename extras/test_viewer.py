@@ -139,9 +139,9 @@ def test_a_watcher_sees_what_a_step_revises_and_changes_nothing(prompt_len):
 
 
 def test_revisions_by_hand():
-    """Five pages of 8 at step 33, and its rows 31 and 32: page 0 was last loaded at step 10, page 2
-    at 32, page 4 at 30 and begins at 32. Guards against rows that see a page that begins later, a
-    mass below 0 by rounding, and a division by a length of 0."""
+    """Step 33 loads pages 0, 2 and 4 of 8 tokens, last loaded at steps 10, 32 and 30. The past
+    rows are 31 and 32; page 4 begins at 32. Guards against rows that see a page that begins later,
+    a mass below 0 by rounding, and division by a length of 0."""
     k = torch.ones(1, 1, 2, 3)
     out = torch.ones(1, 2, 1, 3)
     before = PastRows(k, 0 * k, 0 * out, torch.tensor([[[2.0], [2.0]]]))
@@ -225,7 +225,7 @@ def record(model, retro, tokens, prompt_len, path, tok=Names):
 
 
 def check_head(found, step, cache, h):
-    """Checks that the page holds of KV head h what the step and the cache hold, in four digits."""
+    """Compares the page's values for KV head h with the step and the cache, to four digits."""
     t = step.t
     window = cache.config.window
     keys = by_position(cache)[0][0, h, : t + 1].numpy()
@@ -395,8 +395,8 @@ def test_the_page_has_a_limit_of_size(tmp_path, monkeypatch, window, page_size):
 
 
 def test_how_many_steps_fit_into_the_page():
-    """Pages of an 8B model's 30 sparse layers at 32k and at 128k, and of a model of 30 layers at
-    318 pages, where 20 steps took 3.9 MB."""
+    """Sparse KV heads, position, steps: an 8B model at 32k and at 128k, and one of 30 layers at 318
+    pages, where 20 steps took 3.9 MB."""
     for heads, t, most in ((240, 2**15, 12), (240, 2**17, 3), (84, 5088, 200)):
         assert steps_that_fit(RetroConfig(), heads, range(t, t + 200), 50_000_000) == most
     assert 15 <= steps_that_fit(RetroConfig(), 84, range(5088, 5288), 3_900_000) <= 20
@@ -435,7 +435,7 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
 
 
-def test_the_check_of_a_path_leaves_no_trace(tmp_path):
+def test_checking_a_path_changes_no_file(tmp_path):
     """Guards against a file or link that the check destroys, and an empty file left behind."""
     path = tmp_path / "run.html"
     link = tmp_path / "link.html"
@@ -475,7 +475,7 @@ def test_a_mistake_in_trace_is_one_clear_line(capsys, monkeypatch, tmp_path):
     for options in ("--attention full", "--dense_layers 10"):
         result = command(capsys, options, "--trace", "run.html")
         refused_in_a_line(result, "trace: nothing to show, all 10 layers are dense")
-    monkeypatch.setattr(Llama, "from_checkpoint", None)  # it is not called
+    monkeypatch.setattr(Llama, "from_weights", None)  # it is not called
     refused_in_a_line(command(capsys, "--trace 1:1"), "ends in .html, not '1:1'")
     refused_in_a_line(command(capsys, "--trace nowhere/x.html"), "nowhere/x.html: no such folder")
     assert not list(tmp_path.iterdir())

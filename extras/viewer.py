@@ -85,7 +85,7 @@ class Watcher(OpsWrapper):
         rows = self.ops.combine(o, lse, cache, t)
         if self.pages is not None:
             position = int(t)
-            # The kernels' lists have unused places at their ends.
+            # The kernels' lists end with unused elements.
             scores = self.scores[..., : cache.config.pages_held(position)]
             S = cache.config.pages_selected(position)
             pages = self.pages[..., :S]
@@ -152,7 +152,7 @@ def check_path(path: str | Path) -> Path:
 def steps_that_fit(retro: RetroConfig, heads: int, steps: range, max_bytes: int) -> int:
     """How many of these steps, given by their positions, fit into about `max_bytes` of the page,
     with the tokens before them; at least 1. `heads` counts the KV heads of all sparse layers."""
-    page = 8 * steps.start  # a token takes about 8 bytes, a number about 7
+    page = 8 * steps.start  # bytes: 8 a token, 7 a number, 100 a head
     for n, t in enumerate(steps):
         held = retro.pages_held(t)
         touched = held - retro.first_window_page(t)
@@ -167,7 +167,7 @@ def steps_that_fit(retro: RetroConfig, heads: int, steps: range, max_bytes: int)
 class Recorder:
     """Records the decode steps of a decoder's first text in all sparse layers, and writes the page.
 
-    Make it before the first step. A prompt of the same length starts the record afresh. The page
+    Create it before any step. A new prompt of the same length restarts the record. The page
     has the first steps, as many as `max_steps` and `max_bytes` allow.
     """
 
@@ -201,7 +201,7 @@ class Recorder:
             return
         config = self.decoder.retro
         first = config.first_window_page(step.t)
-        touched = slice(first, config.pages_held(step.t))  # the pages whose bounds are new
+        touched = slice(first, config.pages_held(step.t))  # pages that the step rewrote
         bounds = self.decoder.layers[i].cache.bounds[0, :, touched]  # (n_kv_head, pages, 2, hs)
         width = bounds.cpu().double().diff(dim=2).mean(dim=(2, 3))  # (n_kv_head, pages)
         revised = revisions(step, config.page_size)[:, 0]  # (5, n_kv_head, R)
@@ -247,7 +247,7 @@ class Recorder:
         return f"--trace: the first {n} of {made} steps written to {self.path}, {size}: {reason}"
 
     def page(self, ids: list[int]) -> bytes:
-        """The page of the steps that the tokens after the prompt made."""
+        """The HTML of `ids` and of the steps after the prompt."""
         retro = self.decoder.retro
         # A token that holds only a part of a character adds no text; the last part adds all of it.
         text = TextStream(self.tok, [])
