@@ -23,7 +23,6 @@ import timeit
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions
-from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -393,7 +392,6 @@ def layer_bytes(
 
 KERNELS = ("write", "score", "select", "attend", "combine")
 DENSE = ("flash", "cudnn", "ours")
-HEADLINE = (32_768, 2048)  # Quest's own setting: context, tokens selected
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: SDPBackend) -> torch.Tensor:
@@ -476,22 +474,15 @@ def layers_beyond_cache(nbytes: int, device: str) -> int:
     return max(2, -(-3 * L2 // nbytes))
 
 
-def kernel_configs(windows: Iterable[int], context: int) -> list[RetroConfig]:
-    """The windows to measure, and Quest's own setting at its context."""
-    configs = [RetroConfig(window=w) for w in windows]
-    if context == HEADLINE[0]:
-        configs.append(RetroConfig(window=1, budget=HEADLINE[1] / context))
-    return configs
-
-
 @torch.inference_mode()
 def kernels(args: argparse.Namespace) -> dict:
     """Microseconds of each kernel, and of dense attention."""
+    retros = [RetroConfig(window=w, budget=args.budget) for w in args.windows]
     shape, dtype, rates = begin(args)
     rate = max(rates.values())
     rows = {}
     for context, B in args.settings:
-        for retro in kernel_configs(args.windows, context):
+        for retro in retros:
             name = f"{context}x{B} {retro.budget:.4g} W={retro.window}"
             progress(f"kernels: {name}")
             nbytes = layer_bytes(retro, shape, B, context, dtype.itemsize)
@@ -690,6 +681,8 @@ def speed_options(add: Callable, settings: list[tuple[int, int]], windows: list[
 def kernels_options(add: Callable) -> None:
     settings = [(k * 1024, B) for k in (8, 32, 64, 128) for B in (1, 8)]
     speed_options(add, settings, windows=[1, 2, 8])
+    help = "fraction of the KV pages to load; 0.0625 is 2,048 tokens of 32k, Quest's own setting"
+    add("--budget", type=float, default=RetroConfig().budget, help=help)
 
 
 def decode_options(add: Callable) -> None:
@@ -728,17 +721,16 @@ def measure(args: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     named = ("torch", "triton", "numpy", "transformers", "flashinfer-python", "matplotlib")
     versions = {x.name: x.version for x in distributions() if x.name in named}
-    arguments = {name: x for name, x in vars(args).items() if name != "run"}
     record = {
         "command": args.command,
-        "arguments": {name: str(x) if isinstance(x, Path) else x for name, x in arguments.items()},
+        "arguments": {name: x for name, x in vars(args).items() if name != "run"},
         "versions": {"python": platform.python_version()} | versions,
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
         "seconds": round(time.time() - START),
         "results": results,
     }
-    line = json.dumps(record, allow_nan=False)
+    line = json.dumps(record, allow_nan=False, default=str)  # a Path is a string
     if sys.stdout.isatty():
         line = f"(All numbers as one line of JSON, {len(line)} characters: redirect stdout.)"
     print("\n" + line, flush=True)

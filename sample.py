@@ -159,19 +159,6 @@ def kv_share(retro: RetroConfig | None, n_layer: int, steps: range) -> float:
     return (dense * held + (n_layer - dense) * loaded) / (n_layer * held)
 
 
-def check_writable(name: str, path: str) -> None:
-    """Raises ValueError with `name` if a file cannot be written. An existing file keeps its
-    content."""
-    target = os.path.realpath(path)  # the file itself, not a link to it
-    exists = os.path.exists(target)
-    try:
-        open(target, "ab").close()
-    except OSError as error:
-        raise ValueError(f"{name} {path}: {error.strerror}") from None
-    if not exists:
-        os.remove(target)
-
-
 class Progress:
     """Counts steps, and prints the count and an estimate of the time left to stderr, every two
     seconds on a terminal, else every ten. Prints nothing if all is done sooner."""

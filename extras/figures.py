@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 
 import bench
 import sample
+from extras import check_writable
 from extras.viewer import Step, revisions, watch
 from model import Decoder, Llama
 from retro_attention import RetroConfig, need, with_window_first
@@ -213,7 +214,7 @@ def check_out(path: str) -> None:
     """Raises ValueError unless the picture can be written. An existing file keeps its content."""
     suffixes = (".png", ".svg", ".pdf")
     need(path.endswith(suffixes), f"out must end in {', '.join(suffixes)}, not {path!r}")
-    sample.check_writable("out", path)
+    check_writable("out", path)
 
 
 def draw_panel(axis, title: str, middles: list[float], lines: dict, styles: dict) -> dict:

@@ -25,6 +25,7 @@ import torch
 
 import bench
 import sample
+from extras import check_writable
 from model import Llama, Tokenizer
 from retro_attention import RetroConfig, need
 
@@ -313,7 +314,7 @@ def settings(args: argparse.Namespace) -> dict:
 def longgen(args: argparse.Namespace) -> dict:
     """Asks the questions with each method, and counts the right answers."""
     known, end = read_records(args)
-    sample.check_writable("out", args.out)
+    check_writable("out", args.out)
     retro = sample.retro_config(args, window=1)
     config, weights, tok, device, dtype = sample.load(args)
     prompts = make_prompts(args, config.max_seq_len, tok)

@@ -89,12 +89,13 @@ def kernels(args: argparse.Namespace) -> dict:
     """Microseconds per layer of FlashInfer's attention, ours, and PyTorch's."""
     flashinfer = library("flashinfer", "pip install flashinfer-python")
     need(args.device == "cuda", "FlashInfer needs a GPU, and this machine has none")
+    retros = [RetroConfig(window=w, budget=args.budget) for w in args.windows]
     shape, dtype, rates = bench.begin(args)
     ours = ("attend", "combine", "four", *bench.DENSE)
     workspace = torch.empty(2**27, dtype=torch.uint8, device=args.device)  # for all layers
     rows = {}
     for context, B in args.settings:
-        for retro in bench.kernel_configs(args.windows, context):
+        for retro in retros:
             name = f"{context}x{B} {retro.budget:.4g} W={retro.window}"
             bench.progress(f"kernels: {name}")
             setting = (retro, shape, B, context, args.device, dtype)

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
+from extras import check_writable
 from model import Decoder, Tokenizer
 from retro_attention import LayerCache, OpsWrapper, RetroConfig, need, row_positions
-from sample import TextStream, check_writable
+from sample import TextStream
 
 # --------------------------------------------------------------------------------------------------
 # One step in one layer
