@@ -80,7 +80,7 @@ class CountExposure(OpsWrapper):
         else:
             past = row_positions(t, cache.config.window)[:-1, None, None, None]  # (W-1, 1, 1, 1)
             causal = pages * cache.config.page_size <= past  # (W-1, B, n_kv_head, S)
-            # The kernels' lists have unused places at their ends.
+            # The kernels' lists end with unused elements.
             loaded = (cache.last_loaded == t).sum(dim=-1, keepdim=True)  # (B, n_kv_head, 1)
             used = torch.arange(pages.shape[-1], device=pages.device) < loaded  # (B, n_kv_head, S)
             first_sights = used & causal & (loaded_before < past)  # (W-1, B, n_kv_head, S)

@@ -981,7 +981,7 @@ def test_attend_kernel_empty_supplements_and_extreme_scores(dtype):
 def test_both_implementations_decode_the_same(window):
     """With trained weights, over several layers and steps, the kernels load the same pages as the
     reference, leave the same in the caches, and give the same greedy tokens. Guards against the
-    unused places at the end of the kernels' lists of pages."""
+    unused elements at the end of the kernels' lists of pages."""
     model = Llama.from_checkpoint(TINY, device=DEVICE)
     if DEVICE != "cuda":  # the interpreter is slow
         model.layers = model.layers[:2]
@@ -2228,13 +2228,15 @@ def test_progress_has_a_count_and_an_estimate(capsys, monkeypatch):
 
 
 def test_closed_streams(monkeypatch, capsys):
-    """Closed streams are None in Python. Only a prompt from stdin is then refused."""
+    """Closed streams are None, and print(file=None) writes to stdout. Guards against a report among
+    the text."""
+    text = command(capsys)[1]
+    monkeypatch.setattr("sys.stderr", None)
+    assert command(capsys) == (0, text, "")
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(f"sys.{name}", None)
-    options = "--prompt - --max_new_tokens 3 --device cpu"
-    assert sample.main(options.split()) == 2
-    options = "--prompt It --max_new_tokens 3 --device cpu"
-    assert sample.main(options.split()) == 0
+    assert command(capsys)[0] == 0
+    assert command(capsys, "--prompt -")[0] == 2
 
 
 def run_python(*args):

@@ -280,7 +280,7 @@ def save(path: str, *drawn) -> dict:
 
 
 def picture(args: argparse.Namespace) -> dict:
-    """Draws saved outputs of quality, a panel each, and one of exposure (needs matplotlib)."""
+    """Draws a panel per saved output of quality, and one of exposure (needs matplotlib)."""
     check_out(args.out)
     panels = [read_panel(path, "quality") for path in args.quality]
     exposures = read_exposure(args.exposure)
@@ -289,7 +289,7 @@ def picture(args: argparse.Namespace) -> dict:
 
 
 def answers(args: argparse.Namespace) -> dict:
-    """Draws saved outputs of extras.longgen, a panel each (needs matplotlib)."""
+    """Draws a panel per saved output of extras.longgen (needs matplotlib)."""
     check_out(args.out)
     panels = [read_panel(path, "longgen") for path in args.answers]
     return save(args.out, panels, "question", "share of right answers")

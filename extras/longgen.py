@@ -7,8 +7,8 @@ With --n 1 a prompt asks one question, after worked examples as earlier turns. W
 form of LongGenBench (arXiv 2410.04199; paper, table 1): it asks n questions, and the model answers
 all of them in one long generation. All methods answer greedily. Each answer goes to the file --out.
 Questions that the file already answers are not asked again. So a stopped run can be repeated. To
-combine runs with the same settings, join their files and run once more. Tables and
-numbers go to stdout, as in bench.py.
+combine runs with the same settings, join their files and run once more. Tables and numbers go to
+stdout, as in bench.py.
 """
 
 import argparse
@@ -370,7 +370,7 @@ def add_options(add: Callable) -> None:
     sample.add_model_options(add, RetroConfig())
     integer = bench.at_least
     add("--windows", type=integer(1), nargs="+", default=[2, 4, 8], help="windows to measure")
-    help = "add to each window as many pages without looking back"
+    help = "add, for each window, Quest with as many pages"
     add("--control", action="store_true", help=help)
     help = "JSONL with question and answer, which ends in '#### number'"
     add("--questions", required=True, help=help)

@@ -282,7 +282,7 @@ def method(name, retro=BENCH, windows=(4,)):
 
 def logits_of(name, tokens, model, prompt_len=30, **options):
     """Logits (B, L, vocab) by a method of the table, and its decoder. It has decoded another text
-    before, so a state that does not start afresh shows."""
+    before, so any state left over would show."""
     found = method(name, replace(BENCH, **options))
     decoder = found.make(model, len(tokens), found.retro, tokens.shape[1])
     decoder.prefill(tokens[:, 30:60])

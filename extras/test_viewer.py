@@ -156,7 +156,7 @@ def test_revisions_by_hand():
 @needs_triton
 def test_the_lists_of_the_kernels_are_trimmed():
     """The record of a step is the same through both implementations. Guards against the unused
-    places at the ends of the kernels' lists."""
+    elements at the ends of the kernels' lists."""
     model = random_model(n_layer=2).float().to(DEVICE)
     tokens = random_tokens(1, 43).to(DEVICE)
     runs = []
@@ -472,10 +472,10 @@ def test_trace_leaves_the_text_alone(capsys, tmp_path):
 def test_a_mistake_in_trace_is_one_clear_line(capsys, monkeypatch, tmp_path):
     """Guards against a mistake that surfaces after the weights are read, or the text is made."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Llama, "from_weights", None)  # it is not called
     for options in ("--attention full", "--dense_layers 10"):
         result = command(capsys, options, "--trace", "run.html")
         refused_in_a_line(result, "trace: nothing to show, all 10 layers are dense")
-    monkeypatch.setattr(Llama, "from_weights", None)  # it is not called
     refused_in_a_line(command(capsys, "--trace 1:1"), "ends in .html, not '1:1'")
     refused_in_a_line(command(capsys, "--trace nowhere/x.html"), "nowhere/x.html: no such folder")
     assert not list(tmp_path.iterdir())
