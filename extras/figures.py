@@ -184,7 +184,8 @@ def read_panel(path: str, command: str) -> tuple[str, list[float], dict[str, tup
             ends, rows, key = results["positions"], results["rows"], "kl"
         else:
             title = "{n} questions, budget {budget:g}".format(**arguments)
-            ends, rows, key = bench.part_ends(arguments["n"]), results, "right"
+            ends = [x + 0.5 for x in bench.part_ends(arguments["n"])]  # question 1 is at 1
+            rows, key = results, "right"
         middles = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
         for name, row in rows.items():
             if command == "longgen" or re.fullmatch(r"Quest|W=\d+", name):  # no full, no control

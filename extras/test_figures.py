@@ -285,7 +285,7 @@ def test_answers_draws_all_methods_of_longgen(monkeypatch, tmp_path):
     assert [line.get_label() for line in axis.lines] == names
     for i, line in enumerate(axis.lines):
         assert list(line.get_ydata()) == pytest.approx([0.1 * i, 0.2, 0.3])
-        assert list(line.get_xdata()) == [0.5, 1.5, 2.5]
+        assert list(line.get_xdata()) == [1, 2, 3]
     del rows["W=8"]["right"]
     path.write_text(json.dumps(record))
     assert figures.main(options) == 2
