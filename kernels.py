@@ -25,7 +25,7 @@ A comment "in (B, W)" marks flat indices into a tensor of that shape.
 Each function, e.g. `write`, checks, allocates and launches the kernel below it, `write_kernel`.
 `cache` is a LayerCache and CONFIG its RetroConfig. Grids and shapes depend on the size of the cache
 and never on the position. `t` is loaded inside the kernel, so the host never waits for the device
-and a whole step can become a CUDA graph. What is stored after position t never reaches a result.
+and a whole step can become a CUDA graph. What lies at positions > t never reaches a result.
 
 The headers of the kernels count the bytes of one sparse layer and one step; e is the element size,
 and heads = B * n_kv_head.
@@ -255,9 +255,9 @@ def select_kernel(
         rank     40   30   50   40   10   99     integers in the order of the scores (32-bit numbers
                                                  in the kernel, small ones here)
 
-    The search keeps a threshold `low` that at least `count` ranks reach (a rank reaches x if it is
-    >= x), and a threshold `high` that at most `count` reach. They begin at the smallest rank, and
-    one above the largest that is not the window's:
+    A rank reaches x if it is >= x. The search keeps a threshold `low` that at least `count` ranks
+    reach, and `high` that at most `count` reach. They begin at the smallest rank, and one above the
+    largest that is not the window's:
 
         low  high  middle  reached by
          10    51      30           5   low = 30
@@ -303,7 +303,7 @@ def select_kernel(
             high = middle
             reach_high = reach_middle
     chosen = rank >= low  # (N,)
-    if reach_low > count:  # of equal ranks, take the lower pages
+    if reach_low > count:  # of ranks = low, take the lower pages
         tied = rank == low
         room = count - reach_high
         chosen = (rank > low) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
@@ -428,7 +428,7 @@ def attend_kernel(
 
     # A row to which nothing is new has acc = 0 and top = -inf, so o = 0 and lse = -inf.
     norm = tl.where(norm > 0, norm, 1.0)
-    # (ROWS,) in (splits, B, W, n_head): a split has B * n_kv_head programs with W * G rows each
+    # (ROWS,) in (splits, B, W, n_head): num_programs(1) * W * G is B * W * n_head
     part = split.to(tl.int64) * tl.num_programs(1) * W * G + row
     tl.store(o + part[:, None] * HS + i[None, :], acc / norm[:, None], mask=inside[:, None])
     tl.store(lse + part, (top + tl.log2(norm)) / LOG2E, mask=inside)
@@ -479,7 +479,7 @@ def combine_kernel(
     top = tl.max(part_lse, axis=0)
     if cache_out is not None:
         # The row at p = t - W + 1 + w has slot p % W, which is (t + 1 + w) % W also for negative p.
-        # Pop: the newest row takes the slot of the row that leaves, and ignores what it holds.
+        # Pop: the newest row takes the slot of row t - W, and ignores what it holds.
         slot = (b * W + (tl.load(t_ptr) + 1 + w) % W) * n_head + head
         cached_lse = tl.where(w < W - 1, tl.load(cache_lse + slot), float("-inf"))
         cached_out = tl.where(w < W - 1, tl.load(cache_out + slot * HS + i), 0.0)  # (HS,)

@@ -452,8 +452,8 @@ class Decoder:
         self.t = torch.full((), -1, dtype=torch.long, device=device)  # the newest token's position
         self.position = -1  # the same number on the host; None after a call that failed
         # On a GPU a step is hundreds of short kernels. A CUDA graph launches them at once. Its
-        # input is `token`, its output `newest_logits`. One graph serves all lengths of the text,
-        # because t rises inside it, the kernels read t on the device, and each grid fits a full
+        # input is `token`, its output `newest_logits`. One graph serves all lengths of the text:
+        # it increments t itself, kernels read t on the device, and each grid is that of a full
         # cache.
         self.graph = None
         self.token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) the newest
@@ -513,7 +513,7 @@ class Decoder:
         and no shape depends on t."""
         self.t += 1
         self.tokens.index_copy_(1, self.t.view(1), self.token[:, None])
-        # Rows before the start of the text may have any id.
+        # Rows before the text, clamped to 0, reach nothing.
         rows = row_positions(self.t, self.retro.window).clamp(min=0)  # (W,)
         x = self.model.hidden(self.tokens[:, rows], *self.rope, self.layers, self.t)  # (B, W, dim)
         return self.model.logits(x[:, -1])
@@ -534,7 +534,7 @@ class Decoder:
         far.
 
         With a CUDA graph, the next step is launched before the host reads a token, which keeps
-        the GPU busy. So the caches also hold the stop token that ends a text.
+        the GPU busy. So the caches then also hold a text's stop token.
         """
         B, T = check_ids(idx)
         start = 0

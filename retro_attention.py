@@ -134,8 +134,8 @@ class RetroConfig:
         return min(held, self.pages_allowed(held) + older)
 
     def max_pages_selected(self, P: int) -> int:
-        """An upper bound of `pages_selected` at all positions of a cache of P pages. Before its
-        last page, a window touches at most (W - 1) / ps pages, rounded up."""
+        """An upper bound of `pages_selected` at all positions of a cache of P pages. Besides the
+        newest page, W rows touch at most (W - 1) / ps pages, rounded up."""
         return min(P, self.pages_allowed(P) + -(-(self.window - 1) // self.page_size))
 
 
@@ -153,7 +153,7 @@ class LayerCache:
     bounds: torch.Tensor | None = None  # (B, n_kv_head, P, 2, hs) minimum, maximum of a page's keys
     last_loaded: torch.Tensor | None = None  # (B, n_kv_head, P) int32: mask A; -1: never loaded
     # The output cache. The row at position p has slot p % W, so no row ever moves. The paper keeps
-    # W-1 rows. Ours has one slot more: row t-W+1 stays until the next step takes its slot.
+    # W-1 rows. Ours has a slot more: step t still reads row t-W+1 while it stores row t.
     out: torch.Tensor | None = None  # (B, W, n_head, hs) outputs of the window's rows
     lse: torch.Tensor | None = None  # (B, W, n_head) natural log-sum-exp over the keys seen
 
@@ -334,7 +334,7 @@ def attend(
 
     For the newest row, p = t, the second condition always holds. So one rule gives the original
     output of the newest row and the supplementary outputs of the past rows. Without `pages`, all
-    pages held are loaded and new to every row (a dense layer, and the end of the prompt).
+    pages held are loaded and new to every row (a dense layer; the prompt's last rows).
 
     q (B, W, n_head, hs), rotated -> o (1, B, W, n_head, hs), lse (1, B, W, n_head) float: one part;
     the kernel returns one per split. A row that sees nothing has o = 0 and lse = -inf.
@@ -396,7 +396,7 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
     """Merges the parts o (N, B, W, n_head, hs), lse (N, B, W, n_head) with each other and with the
     cached outputs, and updates the cache. Returns the rows (B, W, n_head, hs) in the model's dtype.
 
-    In the first sparse layer a row's q, k and v are the same at every step, so the result is exact
+    In the first sparse layer a row's q, k and v stay (but for rounding), so the result is exact
     attention over the union of the pages that the row has seen. In the layers above, a supplement
     uses the row's corrected query (our choice), but the cached output is from its earlier queries.
     Parts of different queries can still be merged, because each is normalised over its own keys
@@ -406,8 +406,8 @@ def combine(o: torch.Tensor, lse: torch.Tensor, cache: LayerCache, t: torch.Tens
         return merge_by_lse(o, lse)[0].to(cache.k.dtype)
     W = o.shape[2]
     slots = row_positions(t, W) % W  # (W,)
-    # Pop: the row at t-W has left the window, and the newest row takes its slot. Its output is
-    # zeroed too: if it has overflowed, a weight of 0 would not remove it, because 0 * inf is NaN.
+    # Pop: the row at t-W has left the window, and the newest row takes its slot. The old
+    # output is zeroed too: if infinite, a weight of 0 would not remove it, as 0 * inf is NaN.
     cache.lse[:, slots[-1]] = -torch.inf
     cache.out[:, slots[-1]] = 0
     o = torch.cat((o, cache.out[None, :, slots]))  # (N + 1, B, W, n_head, hs)
