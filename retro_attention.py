@@ -49,7 +49,8 @@ output is zero.
 What a step reads, for each text and KV head, in vectors of hs numbers: a sparse layer reads the
 bounds of the pages held (2 vectors per page) and K and V of the pages selected (2 ps per page); a
 dense layer reads all K and V (2 (t+1)). The weights come in addition, once for all texts and rows
-(paper, section 2.5).
+(paper, section 2.5). All else is small: scores and mask A are a number per page, the rows and the
+output cache a few vectors per query head.
 """
 
 import importlib.util
