@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import statistics
@@ -101,7 +102,7 @@ class NotLookingBack(OpsWrapper):
 
 
 def wrap(decoder: Decoder, wrapper: Callable) -> Decoder:
-    """Wraps the steps of all sparse layers: `wrapper` takes a layer's ops and returns new ones."""
+    """Wraps the ops of all sparse layers: `wrapper` takes a layer's ops and returns new ones."""
     for layer in decoder.layers:
         if not layer.dense:
             layer.ops = wrapper(layer.ops)
@@ -730,7 +731,7 @@ def measure(args: argparse.Namespace) -> int:
         "seconds": round(time.time() - START),
         "results": results,
     }
-    line = json.dumps(record, allow_nan=False, default=str)  # a Path is a string
+    line = json.dumps(record, allow_nan=False, default=os.fspath)  # a Path is a string
     if sys.stdout.isatty():
         line = f"(All numbers as one line of JSON, {len(line)} characters: redirect stdout.)"
     print("\n" + line, flush=True)

@@ -771,6 +771,12 @@ def read_pth(folder: str | Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def check_message(role: str, text: str) -> None:
+    known = role in ("system", "user", "assistant")
+    need(known, f"a role must be system, user or assistant, not {role!r}")
+    need(isinstance(text, str), f"a message must have a text, not {text!r}")
+
+
 class Tokenizer:
     """Llama 3's byte-pair encoding on tiktoken. The file has lines "<token in base64> <rank>"; 256
     special tokens take the next ids."""
@@ -841,15 +847,14 @@ class Tokenizer:
         """Ids of a conversation in Llama 3's format, up to where the assistant's turn begins. A
         message is (role, text); roles are system (first, if at all), user and assistant.
 
-        Raises ValueError for another role.
+        Raises ValueError for another role or no text.
         """
         start = self.special["<|start_header_id|>"]
         end = self.special["<|end_header_id|>"]
         end_of_turn = self.special["<|eot_id|>"]
         ids = [self.bos]
         for role, text in messages:
-            known = role in ("system", "user", "assistant")
-            need(known, f"a role must be system, user or assistant, not {role!r}")
+            check_message(role, text)
             ids += [start, *self.encode(role), end]
             ids += [*self.encode("\n\n" + text.strip()), end_of_turn]
         return [*ids, start, *self.encode("assistant"), end, *self.encode("\n\n")]

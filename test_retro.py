@@ -1548,6 +1548,7 @@ def test_chat(tmp_path):
     conversation = [("user", " the?\n"), ("assistant", "so"), ("user", "the?")]  # ends are stripped
     assert tok.chat(conversation) == tok.bpe.encode(text, allowed_special="all")
     assert tok.chat([("user", "<|eot_id|>")]).count(tok.special["<|eot_id|>"]) == 1
+    refused(lambda: tok.chat([("user", None)]), "a message must have a text, not None")
     message = "a role must be system, user or assistant, not 'tool'"
     refused(lambda: tok.chat([("tool", "the?")]), message)
 

@@ -177,7 +177,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--prompt", default=None, help="text to continue; FILE:path reads a file, - reads stdin")
     add("--max_new_tokens", type=int, default=10, help="maximum new tokens")
-    add("--window", type=int, default=retro.window, help="rows of a step: the paper's w")
+    add("--window", type=int, default=retro.window, help="the paper's w: a step revises w-1 tokens")
     sample.add_model_options(add, retro)
     return parser.parse_args(argv)
 

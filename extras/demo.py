@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=200, help="maximum new tokens")
     add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     add("--seed", type=int, default=1337, help="the same for all texts")
-    add("--window", type=int, default=8, help="rows of a step")
+    add("--window", type=int, default=8, help="the paper's w: a step revises w-1 tokens")
     add("--control", action="store_true", help="also Quest with as many pages")
     sample.add_model_options(add, RetroConfig(page_size=8, min_tokens=48, dense_layers=0))
     return parser.parse_args(argv)

@@ -181,17 +181,18 @@ def read_panel(path: str, command: str) -> tuple[str, list[float], dict[str, tup
         arguments, results = record["arguments"], record["results"]
         if command == "quality":
             title = "budget {budget:g}, at least {min_tokens} tokens".format(**arguments)
-            ends, rows, key = results["positions"], results["rows"], "kl"
+            ends, key = results["positions"], "kl"
+            drawn = re.compile(r"Quest|W=\d+")  # not full attention, not the control
+            rows = {name: x for name, x in results["rows"].items() if drawn.fullmatch(name)}
         else:
             title = "{n} questions, budget {budget:g}".format(**arguments)
             ends = [x + 0.5 for x in bench.part_ends(arguments["n"])]  # question 1 is at 1
             rows, key = results, "right"
         middles = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
         for name, row in rows.items():
-            if command == "longgen" or re.fullmatch(r"Quest|W=\d+", name):  # no full, no control
-                mean = [float(x) for x in row[key]["by_position"]]
-                error = [float(x) for x in row[key]["errors"]]
-                lines[name] = (mean, error)
+            mean = [float(x) for x in row[key]["by_position"]]
+            error = [float(x) for x in row[key]["errors"]]
+            lines[name] = (mean, error)
         complete = all(len(x) == len(middles) for line in lines.values() for x in line)
     except (KeyError, TypeError, ValueError, AttributeError):
         complete = False
@@ -251,15 +252,16 @@ def draw(panels: list[tuple], xlabel: str, ylabel: str, exposures: dict | None =
     n = len(panels) + (exposures is not None)
     figure = Figure(figsize=(3.8 * n, 3.8), layout="constrained", dpi=150)
     axes = figure.subplots(1, n, squeeze=False)[0]
+    scaled = axes[: len(panels)]
     # A method looks the same in all panels.
     names = list(dict.fromkeys(name for _, _, lines in panels for name in lines))
     markers = itertools.cycle("osD^vPX")
     styles = {name: (f"C{i}", next(markers)) for i, name in enumerate(names)}
     handles = {}
-    for axis, panel in zip(axes, panels, strict=False):
+    for axis, panel in zip(scaled, panels, strict=True):
         handles |= draw_panel(axis, *panel, styles)
-    top = max(axis.get_ylim()[1] for axis in axes[: len(panels)])
-    for axis in axes[: len(panels)]:
+    top = max(axis.get_ylim()[1] for axis in scaled)
+    for axis in scaled:
         axis.set(xlabel=xlabel, ylim=(0, top))
     axes[0].set_ylabel(ylabel)
     if exposures is not None:

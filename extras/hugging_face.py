@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from model import check_message
 from retro_attention import need
 
 
@@ -276,15 +277,14 @@ class Tokenizer:
         """Ids of a conversation by the checkpoint's template, up to where the assistant's turn
         begins. Messages and roles are as in `model.Tokenizer.chat`.
 
-        Raises ValueError for another role, or if the template refuses the conversation.
+        Raises ValueError for another role or no text, or if the template refuses the conversation.
         """
         return self.render(messages, add_generation_prompt=True)
 
     def render(self, messages: Sequence[tuple[str, str]], **options) -> list[int] | str:
         turns = []
         for role, text in messages:
-            known = role in ("system", "user", "assistant")
-            need(known, f"a role must be system, user or assistant, not {role!r}")
+            check_message(role, text)
             turns.append({"role": role, "content": text})
         with one_line(f"checkpoint {self.folder}: chat template"):  # it may raise its own errors
             return self.tokenizer.apply_chat_template(turns, return_dict=False, **options)

@@ -342,6 +342,7 @@ def test_tokenizer_equals_that_of_transformers(tmp_path):
     assert tok.chat(said) == tok.encode(wanted, special=True)
     assert tok.decode(tok.chat(said)) == wanted
     refused(lambda: tok.chat([("usre", "hi")]), "a role must be .* not 'usre'")
+    refused(lambda: tok.chat([("user", None)]), "a message must have a text")
 
     edit(tmp_path / "generation_config.json", eos_token_id="8")
     refused(lambda: Tokenizer.from_checkpoint(tmp_path), "eos_token_id")

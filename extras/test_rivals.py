@@ -308,7 +308,7 @@ class KeepPages(OpsWrapper):
 
 @pytest.mark.parametrize("name", ["Quest one choice", "W=4 one choice", "W=4"])
 def test_one_choice_loads_the_same_pages_for_all_kv_heads(name):
-    """Those with the highest sum of Quest's bounds over all heads. Without the ablation, the KV
+    """Those with the highest sum of Quest's scores over all heads. Without the ablation, the KV
     heads of a text load different pages."""
     tokens = random_tokens(2, 70)
     seen = []
