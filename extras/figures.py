@@ -263,6 +263,7 @@ def draw(panels: list[tuple], xlabel: str, ylabel: str, exposures: dict | None =
     top = max(axis.get_ylim()[1] for axis in scaled)
     for axis in scaled:
         axis.set(xlabel=xlabel, ylim=(0, top))
+        axis.locator_params(axis="x", integer=True)
     axes[0].set_ylabel(ylabel)
     if exposures is not None:
         draw_exposure(axes[-1], exposures)
