@@ -5,6 +5,7 @@ checkpoint (one line says which), 130 Ctrl-C (the text so far is kept), 1 stdout
 """
 
 import argparse
+import importlib
 import os
 import re
 import sys
@@ -438,13 +439,12 @@ def system_message(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [] if args.system is None else [("system", resolve("system", args.system))]
 
 
-def trace_viewer():
-    """The module behind --trace. Raises ValueError if it is missing."""
+def extra(name: str, option: str):
+    """The module of extras/ behind an option. Raises ValueError if it is missing."""
     try:
-        from extras import viewer
+        return importlib.import_module(f"extras.{name}")
     except ImportError:
-        raise ValueError("--trace needs extras/viewer.py, which is missing") from None
-    return viewer
+        raise ValueError(f"{option} needs extras/{name}.py, which is missing") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -454,7 +454,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = {name: vars(args)[name] for name in ("temperature", "top_k", "top_p", "seed")}
     check_sampling(args.max_new_tokens, **sampling)
     retro = retro_config(args, window=1 if args.attention == "quest" else args.window)
-    trace = trace_viewer().check_path(args.trace) if args.trace is not None else None
+    viewer = extra("viewer", "--trace") if args.trace is not None else None
+    trace = viewer.check_path(args.trace) if viewer else None
     config, weights, tok, device, dtype = load(args)
     if args.attention == "full":
         retro = replace(retro, window=1, dense_layers=config.n_layer)
@@ -462,7 +463,8 @@ def run(args: argparse.Namespace) -> int:
     need(sparse or not trace, f"trace: nothing to show, all {config.n_layer} layers are dense")
     if args.chat and args.prompt is None:
         need(B == 1 and not trace, "a conversation takes no num_samples and no trace")
-        return converse(args, sampling, retro, config, weights, tok, device, dtype)
+        chat = extra("chat", "--chat without --prompt")
+        return chat.converse(args, sampling, retro, config, weights, tok, device, dtype)
     prompt, ids = read_prompt(args, config, tok)
     # The caches fit this text, not the whole context, which can take many gigabytes.
     length = min(len(ids) + args.max_new_tokens, config.max_seq_len)
@@ -473,7 +475,7 @@ def run(args: argparse.Namespace) -> int:
         model = Llama.from_weights(config, weights, device, dtype)
     watch_layers(model)
     decoder = Decoder(model, B, retro, max_seq_len=length)
-    recorder = trace_viewer().Recorder(decoder, tok, len(ids), trace) if trace else None
+    recorder = viewer.Recorder(decoder, tok, len(ids), trace) if viewer else None
     print(memory, file=sys.stderr)
 
     # The text
@@ -502,55 +504,6 @@ def watch_layers(model: Llama) -> None:
 
     for block in model.layers:
         block.register_forward_hook(count)
-
-
-CHAT_TOKENS = 16_384  # the longest conversation; its caches are allocated at the start
-
-
-def converse(
-    args: argparse.Namespace,
-    sampling: dict,
-    retro: RetroConfig,
-    config: LlamaConfig,
-    weights: dict[str, torch.Tensor],
-    tok: Tokenizer,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> int:
-    """Answers stdin line by line. Ctrl-C ends an answer or, if there is none, the program."""
-    need(sys.stdin is not None, "chat: stdin is closed")
-    messages = system_message(args)
-    length = min(config.max_seq_len, CHAT_TOKENS)
-    config = replace(config, max_seq_len=length)  # the report shows it as the context
-    print(check_memory(config, retro, 1, length, device, dtype), file=sys.stderr)
-    with said_if_slow("reading the weights"):
-        model = Llama.from_weights(config, weights, device, dtype)
-    decoder = Decoder(model, 1, retro, length)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return 0
-        messages.append(("user", line))
-        ids = tok.chat(messages)
-        # The new turn follows what the caches hold, unless the template writes earlier turns
-        # differently from the model, or a step was interrupted.
-        held = []
-        if decoder.position is not None:
-            held = decoder.tokens[0, : decoder.position + 1].tolist()
-        if ids[: len(held)] != held:
-            held = []
-        append = len(held) > 0
-        idx = torch.tensor([ids[len(held) :]], device=device)  # (1, T)
-        stream = decoder.stream(
-            idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens, append=append
-        )
-        text = TextStream(tok, ids)
-        start = time.perf_counter()
-        _, made = show("", explained(stream, device), [text], tok.stop_tokens)
-        messages.append(("assistant", text.text))
-        line = report(decoder, len(ids), start, made, len(held))[0]
-        print(f"[{line}]", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

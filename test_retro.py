@@ -2172,46 +2172,13 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, unloaded, options, message):
     refused_in_a_line(command(capsys, options), message)
 
 
-def test_trace_needs_extras(capsys, monkeypatch, unloaded):
-    monkeypatch.setitem(sys.modules, "extras", None)
-    refused_in_a_line(command(capsys, "--trace x.html"), "--trace needs extras/viewer.py")
-
-
-def test_a_conversation(capsys, monkeypatch):
-    """Turns from stdin, each in the format of the whole conversation. What the caches hold is not
-    read again, so each turn reads only its own tokens, and the end of the answer before it."""
-    tok = Tokenizer.from_checkpoint(TINY)
-    seen = []
-
-    def stream(decoder, idx, *args, append=False, **options):
-        seen.append((append, idx[0].tolist()))
-        decoder.prefill(idx) if not append else [decoder.step(token) for token in idx.T]
-        answer = [*tok.encode("Quite."), tok.special["<|eot_id|>"]]
-        for token in answer[:-1]:
-            yield torch.tensor([token])
-            decoder.step(torch.tensor([token]))
-        yield torch.tensor(answer[-1:])
-
-    monkeypatch.setattr(Decoder, "stream", stream)
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\nWhy?\n\n"))
-    args = "--chat --system Brief. --min_tokens 16 --device cpu"
-    code, out, report = run_main(sample.main, args.split(), capsys)
-    assert code == 0 and out == "Quite.\n" * 3
-    messages = [("system", "Brief."), ("user", "Hello.")]
-    whole = tok.chat(messages)
-    assert seen[0] == (False, whole)
-    for (append, ids), question in zip(seen[1:], ("Why?", ""), strict=True):
-        held = [*whole, *tok.encode("Quite.")]
-        messages += [("assistant", "Quite."), ("user", question)]
-        whole = tok.chat(messages)
-        assert append and held + ids == whole
-        assert f"{len(ids)} of {len(whole)} prompt tokens read in" in report
-    seen.clear()
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\nWhy?\n"))
-    chat = tok.chat
-    monkeypatch.setattr(Tokenizer, "chat", lambda self, said: [*chat(said), len(said)])
-    run_main(sample.main, args.split(), capsys)
-    assert [append for append, _ in seen] == [False, False]  # the template changes earlier turns
+@pytest.mark.parametrize("name, option, args", [
+    ("viewer", "--trace", ["--trace", "x.html"]),
+    ("chat", "--chat without --prompt", ["--chat"]),
+])  # fmt: skip
+def test_an_option_needs_extras(capsys, monkeypatch, unloaded, name, option, args):
+    monkeypatch.setitem(sys.modules, f"extras.{name}", None)  # None: the import fails
+    refused_in_a_line(run_main(sample.main, args, capsys), f"{option} needs extras/{name}.py")
 
 
 def test_progress_has_a_count_and_an_estimate(capsys, monkeypatch):
