@@ -13,6 +13,7 @@ Meta's wq, wk and wv, `w13` stacks w1 and w3; `Llama.weights` splits them again.
 """
 
 import base64
+import importlib
 import json
 import math
 import os
@@ -705,12 +706,15 @@ def hugging_face(folder: str | Path):
         found = (folder / "params.json").is_file()
         need(found, f"checkpoint {folder}: has neither params.json nor config.json")
         return None
+    return extra("hugging_face", f"checkpoint {folder}: Hugging Face's format")
+
+
+def extra(name: str, what: str):
+    """The module of extras/ that `what` needs. Raises ValueError if it is missing."""
     try:
-        from extras import hugging_face
+        return importlib.import_module(f"extras.{name}")
     except ImportError:
-        reason = "Hugging Face's format needs extras/hugging_face.py, which is missing"
-        raise ValueError(f"checkpoint {folder}: {reason}") from None
-    return hugging_face
+        raise ValueError(f"{what} needs extras/{name}.py, which is missing") from None
 
 
 def checkpoint_file(folder: str | Path, name: str) -> Path:

@@ -5,7 +5,6 @@ checkpoint (one line says which), 130 Ctrl-C (the text so far is kept), 1 stdout
 """
 
 import argparse
-import importlib
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from model import (
     check_dense,
     check_prompt,
     check_sampling,
+    extra,
     read_checkpoint,
 )
 from retro_attention import RetroConfig, need
@@ -437,14 +437,6 @@ def resolve(name: str, text: str) -> str:
 
 def system_message(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [] if args.system is None else [("system", resolve("system", args.system))]
-
-
-def extra(name: str, option: str):
-    """The module of extras/ behind an option. Raises ValueError if it is missing."""
-    try:
-        return importlib.import_module(f"extras.{name}")
-    except ImportError:
-        raise ValueError(f"{option} needs extras/{name}.py, which is missing") from None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1726,7 +1726,7 @@ def test_lack_of_memory_is_not_called_a_broken_file(monkeypatch):
 def test_hugging_face_needs_extras(tmp_path, monkeypatch):
     """One line where extras/ is missing, from the model and from the tokenizer."""
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "extras", None)
+    monkeypatch.setitem(sys.modules, "extras.hugging_face", None)  # None: the import fails
     for cls in (Llama, Tokenizer):
         refused(partial(cls.from_checkpoint, tmp_path), "needs extras/hugging_face.py, which is mi")
 
@@ -2177,7 +2177,7 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, unloaded, options, message):
     ("chat", "--chat without --prompt", ["--chat"]),
 ])  # fmt: skip
 def test_an_option_needs_extras(capsys, monkeypatch, unloaded, name, option, args):
-    monkeypatch.setitem(sys.modules, f"extras.{name}", None)  # None: the import fails
+    monkeypatch.setitem(sys.modules, f"extras.{name}", None)
     refused_in_a_line(run_main(sample.main, args, capsys), f"{option} needs extras/{name}.py")
 
 

@@ -453,7 +453,7 @@ def test_sample_reads_a_hugging_face_folder(capsys, tmp_path):
 
 @pytest.mark.parametrize("missing, message", [
     ("transformers", r"needs more packages: pip install -e '\.\[hf\]'"),
-    ("extras", "needs extras/hugging_face.py, which is missing"),
+    ("extras.hugging_face", "needs extras/hugging_face.py, which is missing"),
 ])  # fmt: skip
 def test_missing_packages_and_missing_extras_are_named(
     capsys, tmp_path, monkeypatch, missing, message
