@@ -52,21 +52,23 @@ def converse(
             return 0
         messages.append(("user", line))
         ids = tok.chat(messages)
-        # The new turn follows what the caches hold, unless the template writes earlier turns
-        # differently from the model, or a step was interrupted.
-        held = []
-        if decoder.position is not None:
-            held = decoder.tokens[0, : decoder.position + 1].tolist()
-        if ids[: len(held)] != held:
-            held = []
-        append = len(held) > 0
-        idx = torch.tensor([ids[len(held) :]], device=device)  # (1, T)
+        held = tokens_held(decoder, ids)
+        idx = torch.tensor([ids[held:]], device=device)  # (1, T)
         stream = decoder.stream(
-            idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens, append=append
+            idx, args.max_new_tokens, **sampling, stop_tokens=tok.stop_tokens, append=held > 0
         )
         text = TextStream(tok, ids)
         start = time.perf_counter()
         _, made = show("", explained(stream, device), [text], tok.stop_tokens)
         messages.append(("assistant", text.text))
-        line = report(decoder, len(ids), start, made, len(held))[0]
+        line = report(decoder, len(ids), start, made, held)[0]
         print(f"[{line}]", file=sys.stderr)
+
+
+def tokens_held(decoder: Decoder, ids: list[int]) -> int:
+    """How many of the first `ids` need not be read again: all that the caches hold, or 0 if `ids`
+    begins differently (the template may change earlier turns), or after an interrupted step."""
+    if decoder.position is None:
+        return 0
+    held = decoder.tokens[0, : decoder.position + 1].tolist()
+    return len(held) if ids[: len(held)] == held else 0

@@ -5,8 +5,9 @@ import io
 import torch
 
 import sample
+from extras.chat import tokens_held
 from model import Decoder, Tokenizer
-from test_retro import TINY, refused_in_a_line, run_main
+from test_retro import TINY, random_model, random_tokens, refused_in_a_line, run_main
 
 
 def test_a_conversation(capsys, monkeypatch):
@@ -49,3 +50,13 @@ def test_a_conversation(capsys, monkeypatch):
 def test_a_conversation_is_one_text(capsys):
     result = run_main(sample.main, ["--chat", "--num_samples", "2"], capsys)
     refused_in_a_line(result, "a conversation takes no num_samples")
+
+
+def test_nothing_is_held_after_an_interrupted_step():
+    decoder = Decoder(random_model(), 1, None)
+    idx = random_tokens(1, 9)
+    ids = idx[0].tolist()
+    decoder.prefill(idx)
+    assert tokens_held(decoder, [*ids, 7]) == 9 and tokens_held(decoder, [7, *ids]) == 0
+    decoder.position = None  # as after a call that failed
+    assert tokens_held(decoder, [*ids, 7]) == 0
